@@ -1,0 +1,123 @@
+"""PostgreSQL through SQLAlchemy Core and asyncpg: engine, transactions, migrations, errors of the driver in our words.
+
+SQL itself lives in each service's `store.py`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Any
+
+import asyncpg
+import grpc
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from servicekit.errors import MeshError, Reason, unavailable
+from servicekit.settings import DatabaseSettings
+
+CONNECT_TIMEOUT_S = 2.0
+RETRY_AFTER_S = 0.5
+
+
+def create_engine(settings: DatabaseSettings, *, schema: str, application: str) -> AsyncEngine:
+    """An engine whose connections use `schema` and end statements and idle transactions that take too long."""
+    statement_ms = int(settings.database_statement_timeout_s * 1000)
+    return create_async_engine(
+        settings.database_url.get_secret_value(),
+        pool_size=settings.database_pool_size,
+        max_overflow=0,
+        pool_timeout=settings.database_pool_timeout_s,
+        # After a restart of PostgreSQL every pooled connection is dead; the first error drops them all (SQLAlchemy does
+        # that by itself), and callers retry on UNAVAILABLE. A ping before every transaction would cost a round trip.
+        pool_pre_ping=False,
+        connect_args={
+            "timeout": CONNECT_TIMEOUT_S,
+            "server_settings": {
+                "application_name": application,
+                "search_path": schema,
+                "statement_timeout": str(statement_ms),
+                # A cancelled task can leave a connection with locks (asyncpg #464): the server ends it.
+                "idle_in_transaction_session_timeout": str(statement_ms),
+            },
+        },
+    )
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """A connection in a transaction: committed at the end of the block, rolled back on any exception.
+
+    Giving the connection back is shielded from cancellation, so that a client that goes away cannot leak it.
+    """
+    connection = await engine.connect()
+    try:
+        async with connection.begin():
+            yield connection
+    finally:
+        await asyncio.shield(asyncio.ensure_future(connection.close()))
+
+
+async def ping(engine: AsyncEngine) -> None:
+    """Raise unless the database answers."""
+    async with transaction(engine) as connection:
+        await connection.execute(sa.text("SELECT 1"))
+
+
+def translate(error: Exception) -> MeshError | None:
+    """Driver and pool errors as typed errors; None for what is not one of them."""
+    if isinstance(error, PoolTimeoutError):
+        return MeshError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            Reason.ERROR_REASON_LIMIT_REACHED,
+            "the database is busy; try again",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    if isinstance(error, (OperationalError, InterfaceError, OSError, TimeoutError, asyncpg.PostgresConnectionError)):
+        return unavailable("the database is out of reach right now", RETRY_AFTER_S)
+    if isinstance(error, DBAPIError):
+        cause = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        # 08: connection; 40: serialization failure, deadlock; 53: out of resources; 57: shutdown, cancelled by time-out.
+        if error.connection_invalidated or (cause and str(cause)[:2] in ("08", "40", "53", "57")):
+            return unavailable("the database is out of reach right now", RETRY_AFTER_S)
+    return None
+
+
+def migrate(settings: DatabaseSettings, *, package: str, schema: str) -> None:
+    """Bring the schema of a service to its newest revision. Safe to run from several processes at once.
+
+    `package` has a `migrations` directory with Alembic's `env.py` calling `run_migrations`.
+    """
+    config = Config()
+    config.set_main_option("script_location", str(resources.files(package).joinpath("migrations")))
+    config.attributes["database_url"] = settings.database_url.get_secret_value()
+    config.attributes["schema"] = schema
+    command.upgrade(config, "head")
+
+
+def run_migrations(context: Any) -> None:
+    """Body of every service's `migrations/env.py`: online, one transaction, under an advisory lock."""
+    attributes = context.config.attributes
+    schema: str = attributes["schema"]
+
+    def upgrade(connection: sa.Connection) -> None:
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"genmesh.migrate.{schema}"})
+        connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+        connection.execute(sa.text(f"SET LOCAL search_path TO {schema}"))
+        context.configure(connection=connection, version_table_schema=schema)
+        context.run_migrations()
+
+    async def main() -> None:
+        engine = create_async_engine(attributes["database_url"])
+        try:
+            async with engine.begin() as connection:
+                await connection.run_sync(upgrade)
+        finally:
+            await engine.dispose()
+
+    asyncio.run(main())

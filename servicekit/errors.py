@@ -1,0 +1,123 @@
+"""Domain errors and their form on the wire.
+
+A `MeshError` carries code, reason and metadata; the errors layer of `interceptors` turns it into a google.rpc.Status with
+exactly one ErrorInfo (domain `genmesh`). Services raise these and never call `context.abort`.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from genmesh.errors.v1 import errors_pb2
+
+DOMAIN = "genmesh"
+
+Reason = errors_pb2.ErrorReason
+ReasonValue = errors_pb2.ErrorReason.ValueType
+
+
+class MeshError(Exception):
+    """A refusal with a typed reason.
+
+    `violations` are (field path, description) pairs and become a BadRequest; `retry_after_s` becomes a RetryInfo.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: ReasonValue,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        violations: Iterable[tuple[str, str]] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.metadata = dict(metadata or {})
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+
+    def to_status(self) -> status_pb2.Status:
+        """The google.rpc.Status that clients see."""
+        details: list[any_pb2.Any] = []
+
+        def add(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> None:
+            packed = any_pb2.Any()
+            packed.Pack(message)
+            details.append(packed)
+
+        add(error_details_pb2.ErrorInfo(reason=Reason.Name(self.reason), domain=DOMAIN, metadata=self.metadata))
+        if self.violations:
+            add(
+                error_details_pb2.BadRequest(
+                    field_violations=[
+                        error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
+                        for field, description in self.violations
+                    ]
+                )
+            )
+        if self.retry_after_s is not None:
+            delay = duration_pb2.Duration()
+            delay.FromMilliseconds(int(self.retry_after_s * 1000))
+            add(error_details_pb2.RetryInfo(retry_delay=delay))
+        number: int = self.code.value[0]
+        return status_pb2.Status(code=number, message=self.message, details=details)
+
+
+def invalid(
+    field: str, description: str, *, reason: ReasonValue = Reason.ERROR_REASON_INVALID_ARGUMENT, metadata: Mapping[str, str] | None = None
+) -> MeshError:
+    """INVALID_ARGUMENT for one field."""
+    return MeshError(
+        grpc.StatusCode.INVALID_ARGUMENT, reason, f"{field}: {description}", metadata=metadata, violations=[(field, description)]
+    )
+
+
+def not_found(what: str) -> MeshError:
+    """NOT_FOUND, for what does not exist and for what is somebody else's alike."""
+    return MeshError(grpc.StatusCode.NOT_FOUND, Reason.ERROR_REASON_NOT_FOUND, f"{what} not found")
+
+
+def precondition(reason: ReasonValue, message: str, metadata: Mapping[str, str] | None = None) -> MeshError:
+    """FAILED_PRECONDITION with its reason."""
+    return MeshError(grpc.StatusCode.FAILED_PRECONDITION, reason, message, metadata=metadata)
+
+
+def unavailable(message: str, retry_after_s: float = 1.0) -> MeshError:
+    """UNAVAILABLE: try again after `retry_after_s`."""
+    return MeshError(grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_UNAVAILABLE, message, retry_after_s=retry_after_s)
+
+
+def unauthenticated(reason: ReasonValue, message: str) -> MeshError:
+    """UNAUTHENTICATED with its reason."""
+    return MeshError(grpc.StatusCode.UNAUTHENTICATED, reason, message)
+
+
+def permission_denied(message: str, reason: ReasonValue = Reason.ERROR_REASON_PERMISSION_DENIED) -> MeshError:
+    """PERMISSION_DENIED with its reason."""
+    return MeshError(grpc.StatusCode.PERMISSION_DENIED, reason, message)
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> MeshError:
+    """What another service of the mesh refused, as an error of ours.
+
+    A reason of the domain `genmesh` is kept. What has none (connection lost, deadline, INTERNAL) becomes UNAVAILABLE, so
+    that the caller's caller may try again.
+    """
+    status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]  # AioRpcError has the same accessors as a Call
+    for detail in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            try:
+                reason = Reason.Value(info.reason)
+            except ValueError:  # a reason of a newer release
+                continue
+            if reason != Reason.ERROR_REASON_INTERNAL:
+                return MeshError(error.code(), reason, error.details() or "", metadata=info.metadata)
+    return unavailable("a service of the mesh is out of reach")

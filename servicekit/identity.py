@@ -1,0 +1,174 @@
+"""Who is calling: access tokens verified locally against cached keys, mesh services proven by their certificate.
+
+Tokens are checked by Envoy at the door and again here. Making tokens is the gateway's business.
+"""
+
+import asyncio
+import contextvars
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jwt
+import structlog
+
+from servicekit.errors import Reason, unauthenticated, unavailable
+from servicekit.tls import TlsFiles, client_ssl_context
+
+ALGORITHM = "EdDSA"
+SPIFFE_PREFIX = "spiffe://genmesh/"
+ROLE_ADMIN = "admin"
+CLOCK_SKEW_S = 5.0
+VERIFIED_TOKENS_MAX = 10_000
+JWKS_REFETCH_INTERVAL_S = 2.0
+JWKS_MAX_AGE_S = 300.0
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A caller: a user with a token, a mesh service with a certificate, or both (a service acting for a user)."""
+
+    user_id: str | None = None
+    roles: frozenset[str] = frozenset()
+    plan: str = ""
+    expire_time: float | None = None
+    service: str | None = None
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether the token has the role `admin`."""
+        return ROLE_ADMIN in self.roles
+
+
+_principal: contextvars.ContextVar[Principal | None] = contextvars.ContextVar("principal", default=None)
+
+
+def set_principal(principal: Principal) -> None:
+    """Bind the caller of the RPC that the current task serves."""
+    _principal.set(principal)
+
+
+def current_principal() -> Principal:
+    """The caller of the RPC that the current task serves."""
+    principal = _principal.get()
+    if principal is None:
+        raise RuntimeError("no RPC is being served")
+    return principal
+
+
+def current_user_id() -> str:
+    """The signed-in user of the RPC that the current task serves."""
+    user_id = current_principal().user_id
+    if user_id is None:
+        raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "sign in first: this call needs an access token")
+    return user_id
+
+
+class KeySource(Protocol):
+    """Where public keys come from."""
+
+    async def get(self, key_id: str) -> jwt.PyJWK | None:
+        """The key with this id, or None."""
+        ...
+
+
+class RemoteKeys:
+    """The gateway's JWKS over mTLS: cached, refetched when it is old and when an unknown key id turns up."""
+
+    def __init__(self, url: str, files: TlsFiles) -> None:
+        self._client = jwt.PyJWKClient(
+            url, cache_keys=False, cache_jwk_set=False, timeout=2, cooldown_duration=0, ssl_context=client_ssl_context(files)
+        )
+        self._keys: dict[str, jwt.PyJWK] = {}
+        self._fetched_at = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def get(self, key_id: str) -> jwt.PyJWK | None:
+        """The key with this id, or None; UNAVAILABLE when there are no keys and the gateway cannot be reached."""
+        now = time.monotonic()
+        if key_id not in self._keys or now - self._fetched_at > JWKS_MAX_AGE_S:
+            async with self._lock:
+                # Whoever waited for the lock finds the keys that the first one fetched; unknown ids cannot flood the gateway.
+                if time.monotonic() - self._fetched_at > JWKS_REFETCH_INTERVAL_S:
+                    await self._fetch()
+        return self._keys.get(key_id)
+
+    async def _fetch(self) -> None:
+        try:
+            key_set = await asyncio.to_thread(self._client.get_jwk_set, True)
+        except jwt.PyJWTError as error:
+            if not self._keys:
+                raise unavailable("the keys that verify access tokens cannot be fetched right now") from error
+            _log.warning("jwks.refetch_failed", error=str(error))
+            return
+        self._keys = {key.key_id: key for key in key_set.keys if key.key_id}
+        self._fetched_at = time.monotonic()
+
+
+class TokenVerifier:
+    """Verifies access tokens: signature, algorithm, issuer, audience, expiry.
+
+    A token once verified is remembered until it expires, so that a busy client costs one signature check, not thousands.
+    """
+
+    def __init__(self, keys: KeySource, *, issuer: str, audience: str) -> None:
+        self._keys = keys
+        self._issuer = issuer
+        self._audience = audience
+        self._verified: OrderedDict[bytes, Principal] = OrderedDict()
+
+    async def verify(self, token: str) -> Principal:
+        """The user of a token. Raises UNAUTHENTICATED (TOKEN_INVALID, TOKEN_EXPIRED)."""
+        digest = hashlib.sha256(token.encode()).digest()
+        known = self._verified.get(digest)
+        if known is not None and known.expire_time is not None and known.expire_time + CLOCK_SKEW_S > time.time():
+            self._verified.move_to_end(digest)
+            return known
+        principal = await self._verify(token)
+        self._verified[digest] = principal
+        if len(self._verified) > VERIFIED_TOKENS_MAX:
+            self._verified.popitem(last=False)
+        return principal
+
+    async def _verify(self, token: str) -> Principal:
+        try:
+            header = jwt.get_unverified_header(token)
+            key = await self._keys.get(str(header.get("kid", "")))
+            if key is None:
+                raise unauthenticated(Reason.ERROR_REASON_TOKEN_INVALID, "the access token is signed by an unknown key")
+            claims: dict[str, Any] = jwt.decode(
+                token,
+                key,
+                algorithms=[ALGORITHM],
+                audience=self._audience,
+                issuer=self._issuer,
+                leeway=CLOCK_SKEW_S,
+                options={"require": ["exp", "iat", "sub", "iss", "aud"]},
+            )
+        except jwt.ExpiredSignatureError as error:
+            raise unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token has expired; refresh the session") from error
+        except jwt.PyJWTError as error:
+            raise unauthenticated(Reason.ERROR_REASON_TOKEN_INVALID, "the access token does not verify") from error
+        return Principal(
+            user_id=str(claims["sub"]),
+            roles=frozenset(str(role) for role in claims.get("roles", ())),
+            plan=str(claims.get("plan", "")),
+            expire_time=float(claims["exp"]),
+        )
+
+
+def peer_service(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
+    """The mesh service named by the peer's certificate (URI SAN `spiffe://genmesh/<service>`), or None.
+
+    gRPC has checked that the mesh CA signed the certificate; which service it names is for us to read.
+    """
+    for value in auth_context.get("peer_spiffe_id", ()):
+        uri = value.decode()
+        if uri.startswith(SPIFFE_PREFIX):
+            return uri.removeprefix(SPIFFE_PREFIX)
+    return None

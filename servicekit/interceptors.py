@@ -1,0 +1,234 @@
+"""What happens around every RPC, in this order: telemetry, errors, authentication, validation.
+
+Telemetry is outermost, so that refusals are counted; errors come next, so that every refusal inside has a typed status.
+gRPC's own services (health, reflection) pass untouched: mTLS guards them.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import protovalidate
+import structlog
+from google.protobuf import descriptor_pool
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+
+from genmesh.options.v1 import options_pb2
+from servicekit import telemetry
+from servicekit.errors import MeshError, Reason, permission_denied, unauthenticated
+from servicekit.identity import Principal, TokenVerifier, peer_service, set_principal
+
+_log = structlog.get_logger(__name__)
+
+BEARER = "bearer "
+UNGUARDED_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Malformed:
+    """Stands for a request whose bytes are not a message of the method's type."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One RPC on its way through the layers."""
+
+    method: str
+    request: Message | Malformed
+    context: Context
+    metadata: Mapping[str, str]
+    code: grpc.StatusCode = grpc.StatusCode.OK
+
+
+class Layer(Protocol):
+    """Something that happens around every RPC."""
+
+    def around(self, call: Call) -> AbstractAsyncContextManager[None]:
+        """Enter before the servicer's method runs, leave after it ended (for streams: after the last message)."""
+        ...
+
+
+class Telemetry:
+    """Counts, times and traces; binds request id and method to every log line of the call."""
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncGenerator[None]:
+        """See Layer."""
+        started = time.perf_counter()
+        request_id = call.metadata.get("x-request-id") or str(uuid.uuid4())
+        in_flight = telemetry.RPC_IN_FLIGHT.labels(call.method)
+        in_flight.inc()
+        with (
+            structlog.contextvars.bound_contextvars(method=call.method, request_id=request_id),
+            telemetry.server_span(call.method, call.metadata),
+        ):
+            try:
+                yield
+            except BaseException:
+                if call.code is grpc.StatusCode.OK:
+                    call.code = grpc.StatusCode.CANCELLED
+                raise
+            finally:
+                in_flight.dec()
+                seconds = time.perf_counter() - started
+                telemetry.RPC_SECONDS.labels(call.method, call.code.name).observe(seconds)
+                _log.debug("rpc", code=call.code.name, seconds=round(seconds, 6))
+
+
+class Errors:
+    """Turns exceptions into typed statuses. What nobody foresaw becomes INTERNAL with an id that the log has."""
+
+    def __init__(self, translate: Callable[[Exception], MeshError | None] = lambda _: None) -> None:
+        self._translate = translate
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncGenerator[None]:
+        """See Layer."""
+        try:
+            yield
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # CancelledError is no Exception and passes
+            refusal = error if isinstance(error, MeshError) else self._translate(error)
+            if refusal is None:
+                error_id = str(uuid.uuid4())
+                _log.exception("rpc.internal_error", error_id=error_id)
+                refusal = MeshError(
+                    grpc.StatusCode.INTERNAL, Reason.ERROR_REASON_INTERNAL, f"internal error {error_id}", metadata={"error_id": error_id}
+                )
+            elif refusal is not error:
+                _log.warning("rpc.translated_error", error=repr(error), reason=Reason.Name(refusal.reason))
+            call.code = refusal.code
+            # grpcio has it, its stubs do not.
+            await call.context.abort_with_status(rpc_status.to_status(refusal.to_status()))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass(frozen=True, slots=True)
+class AccessRule:
+    """Who may call a method, from its options."""
+
+    access: options_pb2.Access.ValueType
+    callers: frozenset[str]
+
+
+def access_rule(method: str) -> AccessRule:
+    """The rule of `/package.Service/Method`. A method without an `access` option has ACCESS_UNSPECIFIED."""
+    service, _, name = method.removeprefix("/").partition("/")
+    options = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].GetOptions()
+    return AccessRule(options.Extensions[options_pb2.access], frozenset(options.Extensions[options_pb2.callers]))
+
+
+class Authentication:
+    """Proves the caller and checks the method's `access` option; what no rule allows is refused."""
+
+    def __init__(self, verifier: TokenVerifier) -> None:
+        self._verifier = verifier
+        self._rules: dict[str, AccessRule] = {}
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncGenerator[None]:
+        """See Layer."""
+        rule = self._rules.get(call.method)
+        if rule is None:
+            rule = self._rules[call.method] = access_rule(call.method)
+        set_principal(await self._admit(rule, call))
+        yield
+
+    async def _admit(self, rule: AccessRule, call: Call) -> Principal:
+        service = peer_service(call.context.auth_context())
+        authorization = call.metadata.get("authorization", "")
+        if rule.access == options_pb2.ACCESS_PUBLIC:
+            return Principal(service=service)
+        if service is not None and service in rule.callers and not authorization:
+            return Principal(service=service)
+        if rule.access in (options_pb2.ACCESS_USER, options_pb2.ACCESS_ADMIN):
+            if not authorization.lower().startswith(BEARER):
+                raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "this call needs an access token: authorization: Bearer …")
+            user = await self._verifier.verify(authorization[len(BEARER) :].strip())
+            if rule.access == options_pb2.ACCESS_ADMIN and not user.is_admin:
+                raise permission_denied("this call needs the role admin")
+            return user
+        raise permission_denied("this call is not open to this caller")
+
+
+class Validation:
+    """Checks requests against the protovalidate rules of the proto."""
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncGenerator[None]:
+        """See Layer."""
+        if isinstance(call.request, Malformed):
+            raise MeshError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                Reason.ERROR_REASON_MALFORMED_REQUEST,
+                "the request is not a valid message (is every string UTF-8?)",
+            )
+        try:
+            protovalidate.validate(call.request)
+        except protovalidate.ValidationError as error:
+            violations = [(field_path(violation.proto.field), violation.proto.message) for violation in error.violations]
+            summary = "; ".join(f"{field}: {description}" for field, description in violations)
+            raise MeshError(
+                grpc.StatusCode.INVALID_ARGUMENT, Reason.ERROR_REASON_INVALID_ARGUMENT, summary, violations=violations
+            ) from None
+        yield
+
+
+def field_path(path: Any) -> str:
+    """`spec.image.prompt`, `job_ids[2]` from a protovalidate field path."""
+    parts: list[str] = []
+    for element in path.elements if path is not None else ():
+        subscript = element.subscript
+        parts.append(element.field_name + (f"[{subscript.value}]" if subscript is not None else ""))
+    return ".".join(parts)
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Runs the layers around every method with one request message (unary or server streaming)."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = tuple(layers)
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Wrap the handler of a call; None (unknown method) stays None."""
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
+        if handler is None or method.startswith(UNGUARDED_PREFIXES):
+            return handler
+        if handler.request_streaming:
+            raise TypeError(f"{method}: client streaming is not part of the contract")
+        metadata = {key: value for key, value in handler_call_details.invocation_metadata if isinstance(value, str)}  # pyright: ignore[reportAttributeAccessIssue]
+
+        def deserialize(data: bytes) -> Message | Malformed:
+            try:
+                return handler.request_deserializer(data)
+            except DecodeError:
+                return Malformed()
+
+        if handler.response_streaming:
+
+            async def stream(request: Message | Malformed, context: Context) -> AsyncGenerator[Any, None]:
+                async with AsyncExitStack() as stack:
+                    await self._enter(stack, Call(method, request, context, metadata))
+                    async with aclosing(handler.unary_stream(request, context)) as responses:
+                        async for response in responses:
+                            yield response
+
+            return grpc.unary_stream_rpc_method_handler(stream, deserialize, handler.response_serializer)  # pyright: ignore[reportArgumentType]
+
+        async def unary(request: Message | Malformed, context: Context) -> Any:
+            async with AsyncExitStack() as stack:
+                await self._enter(stack, Call(method, request, context, metadata))
+                return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(unary, deserialize, handler.response_serializer)  # pyright: ignore[reportArgumentType]
+
+    async def _enter(self, stack: AsyncExitStack, call: Call) -> None:
+        for layer in self._layers:
+            await stack.enter_async_context(layer.around(call))

@@ -1,0 +1,32 @@
+"""Redis connections. What is stored in Redis, and every command on it, lives in the service that owns it."""
+
+from redis import asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisError
+
+from servicekit.errors import MeshError, unavailable
+from servicekit.settings import RedisSettings
+
+SOCKET_TIMEOUT_S = 5.0
+BLOCK_MS = 2_000
+"""Longest wait of a blocking read: below the socket time-out, so that silence is not taken for a lost server."""
+
+
+def connect(settings: RedisSettings) -> "redis.Redis":
+    """A client with its own pool; a cancelled command drops its connection rather than leaving a reply for the next."""
+    return redis.Redis.from_url(
+        settings.redis_url.get_secret_value(),
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=2.0,
+        health_check_interval=0,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 2),
+        decode_responses=False,
+    )
+
+
+def translate(error: Exception) -> MeshError | None:
+    """Redis errors as typed errors; None for what is not one of them."""
+    if isinstance(error, RedisError):
+        return unavailable("Redis is out of reach right now", 0.5)
+    return None
