@@ -86,28 +86,34 @@ class RemoteKeys:
         )
         self._keys: dict[str, jwt.PyJWK] = {}
         self._fetched_at = float("-inf")
+        self._tried_at = float("-inf")
         self._lock = asyncio.Lock()
 
     async def get(self, key_id: str) -> jwt.PyJWK | None:
         """The key with this id, or None; UNAVAILABLE when there are no keys and the gateway cannot be reached."""
-        now = time.monotonic()
-        if key_id not in self._keys or now - self._fetched_at > JWKS_MAX_AGE_S:
+        arrived = time.monotonic()
+        if key_id not in self._keys or arrived - self._fetched_at > JWKS_MAX_AGE_S:
             async with self._lock:
-                # Whoever waited for the lock finds the keys that the first one fetched; unknown ids cannot flood the gateway.
-                if time.monotonic() - self._fetched_at > JWKS_REFETCH_INTERVAL_S:
+                # A try that ended while we waited counts for us, failed or not: nobody queues up behind time-outs. With keys
+                # at hand there is one try an interval, so that neither unknown ids nor an outage flood the gateway.
+                pause = JWKS_REFETCH_INTERVAL_S if self._keys else 0.0
+                if arrived - self._tried_at > pause:
                     await self._fetch()
+            if not self._keys:
+                raise unavailable("the keys that verify access tokens cannot be fetched right now")
         return self._keys.get(key_id)
 
     async def _fetch(self) -> None:
         try:
             key_set = await asyncio.to_thread(self._client.get_jwk_set, True)
-        except jwt.PyJWTError as error:
-            if not self._keys:
-                raise unavailable("the keys that verify access tokens cannot be fetched right now") from error
-            _log.warning("jwks.refetch_failed", error=str(error))
-            return
-        self._keys = {key.key_id: key for key in key_set.keys if key.key_id}
-        self._fetched_at = time.monotonic()
+        # A connection that breaks amid the body raises what neither PyJWT nor urllib wraps.
+        except (jwt.PyJWTError, OSError, ValueError) as error:
+            _log.warning("jwks.fetch_failed", error=str(error))
+        else:
+            self._keys = {key.key_id: key for key in key_set.keys if key.key_id}
+            self._fetched_at = time.monotonic()
+        finally:
+            self._tried_at = time.monotonic()
 
 
 class TokenVerifier:

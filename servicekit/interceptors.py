@@ -190,7 +190,10 @@ def field_path(path: Any) -> str:
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Runs the layers around every method with one request message (unary or server streaming)."""
+    """Runs the layers around every method with one request message (unary or server streaming).
+
+    Server-streaming methods are async generators; they may yield messages or messages already serialised.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = tuple(layers)
@@ -211,6 +214,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
             except DecodeError:
                 return Malformed()
 
+        def serialize(response: Message | bytes) -> bytes:
+            # A fan-out serialises a message once and hands the same bytes to every stream.
+            return response if isinstance(response, bytes) else handler.response_serializer(response)
+
         if handler.response_streaming:
 
             async def stream(request: Message | Malformed, context: Context) -> AsyncGenerator[Any, None]:
@@ -220,7 +227,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
                         async for response in responses:
                             yield response
 
-            return grpc.unary_stream_rpc_method_handler(stream, deserialize, handler.response_serializer)  # pyright: ignore[reportArgumentType]
+            return grpc.unary_stream_rpc_method_handler(stream, deserialize, serialize)  # pyright: ignore[reportArgumentType]
 
         async def unary(request: Message | Malformed, context: Context) -> Any:
             async with AsyncExitStack() as stack:

@@ -26,7 +26,13 @@ HostPort = Annotated[str, AfterValidator(_host_port)]
 class Settings(BaseSettings):
     """Base of all settings: frozen, prefix `GENMESH_`, empty variables count as unset."""
 
-    model_config = SettingsConfigDict(env_prefix="GENMESH_", frozen=True, env_ignore_empty=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="GENMESH_",
+        frozen=True,
+        env_ignore_empty=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # a refused password must not end up in a log
+    )
 
 
 class TelemetrySettings(Settings):

@@ -1,0 +1,31 @@
+"""`python -m jobs_service serve|dispatch|relay|migrate`."""
+
+import argparse
+
+from jobs_service import app
+from jobs_service.settings import DispatchSettings, RelaySettings, ServeSettings
+from servicekit.database import migrate
+from servicekit.process import run
+from servicekit.settings import DatabaseSettings, load
+
+
+def main() -> None:
+    """Run one process of the service."""
+    parser = argparse.ArgumentParser(prog="jobs_service", description=__doc__)
+    parser.add_argument("role", choices=["serve", "dispatch", "relay", "migrate"])
+    role: str = parser.parse_args().role
+    if role == "migrate":
+        migrate(load(DatabaseSettings), package="jobs_service", schema=app.SCHEMA)
+    elif role == "serve":
+        settings = load(ServeSettings)
+        run(settings, service=app.SERVICE, role=role, main=lambda stop: app.serve(settings, stop))
+    elif role == "dispatch":
+        dispatch = load(DispatchSettings)
+        run(dispatch, service=app.SERVICE, role=role, main=lambda stop: app.dispatch(dispatch, stop))
+    else:
+        relay = load(RelaySettings)
+        run(relay, service=app.SERVICE, role=role, main=lambda stop: app.relay(relay, stop))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Wiring: from settings to running processes. Resources open in one AsyncExitStack and close in reverse."""
+
+import asyncio
+import secrets
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+import grpc
+from redis import asyncio as redis
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from genmesh.jobs.v1 import jobs_pb2_grpc
+from jobs_service import store
+from jobs_service.delivery import Delivery
+from jobs_service.dispatch import Dispatcher
+from jobs_service.events import EventLog
+from jobs_service.jobs import Jobs
+from jobs_service.ledger import Ledger
+from jobs_service.messages import Presign
+from jobs_service.queue import JobQueue
+from jobs_service.quotes import Quotes
+from jobs_service.relay import Relay
+from jobs_service.servicer import JobsServicer
+from jobs_service.settings import DispatchSettings, JobsSettings, RelaySettings, ServeSettings
+from jobs_service.watch import Hub
+from servicekit import database, objects, streams
+from servicekit.client import mesh_channel
+from servicekit.errors import MeshError
+from servicekit.identity import KeySource, RemoteKeys, TokenVerifier
+from servicekit.objects import ObjectStore
+from servicekit.process import until_stopped
+from servicekit.server import MeshServer
+from servicekit.telemetry import HttpServer, metrics_page
+from servicekit.tls import TlsFiles
+
+SERVICE = "jobs_service"
+SCHEMA = "jobs"
+JOBS = "genmesh.jobs.v1.JobsService"
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What every process of jobs_service has open."""
+
+    engine: AsyncEngine
+    client: "redis.Redis"
+    queue: JobQueue
+    log: EventLog
+    ledger: Ledger
+    delivery: Delivery
+    presign: Presign
+
+
+async def open_resources(settings: JobsSettings, stack: AsyncExitStack, *, role: str, worker_id: str = "") -> Resources:
+    """Open the stores and the channel to credit_service; the stack closes them."""
+    engine = database.create_engine(settings, schema=SCHEMA, application=f"{SERVICE}-{role}")
+    stack.push_async_callback(engine.dispose)
+    client = streams.connect(settings)
+    stack.push_async_callback(client.aclose)
+    media = stack.enter_context(ObjectStore(settings))
+    channel = await stack.enter_async_context(mesh_channel(settings, settings.credits_address, caller=SERVICE, service="credit_service"))
+    queue = JobQueue(client, settings.redis_prefix, lease_s=settings.lease_seconds, worker_id=worker_id)
+    log = EventLog(client, settings.redis_prefix, retention_s=settings.event_retention_s)
+    ledger = Ledger(channel, timeout_s=settings.rpc_timeout_s, hold_ttl_s=settings.hold_ttl_s)
+    delivery = Delivery(engine, queue, log, ledger, media.presign)
+    return Resources(engine, client, queue, log, ledger, delivery, media.presign)
+
+
+def translate(error: Exception) -> MeshError | None:
+    """Errors of the stores' drivers, as typed errors."""
+    return database.translate(error) or streams.translate(error) or objects.translate(error)
+
+
+async def build_server(settings: ServeSettings, resources: Resources, hub: Hub, keys: KeySource) -> MeshServer:
+    """The server with JobsService registered, not yet running."""
+    async with database.transaction(resources.engine) as connection:
+        quotes = Quotes(await store.secret(connection, "quotes", secrets.token_bytes(32)))
+    jobs = Jobs(
+        resources.engine, resources.log, resources.ledger, resources.delivery, resources.presign, quotes, quote_ttl_s=settings.quote_ttl_s
+    )
+    server = MeshServer(
+        settings,
+        service=SERVICE,
+        verifier=TokenVerifier(keys, issuer=settings.token_issuer, audience=settings.token_audience),
+        # Redis is missed, but not needed to accept a job: its absence does not take the service down.
+        checks={"database": lambda: database.ping(resources.engine)},
+        translate=translate,
+    )
+    servicer = JobsServicer(jobs, hub, resources.log, checkpoint_interval_s=settings.checkpoint_interval_s)
+    jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server.grpc)
+    return server
+
+
+async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
+    """`serve`: the RPCs and the fan-out of watches."""
+    async with AsyncExitStack() as stack:
+        stack.enter_context(HttpServer(settings.metrics_address, {"/metrics": metrics_page}))
+        resources = await open_resources(settings, stack, role="serve")
+        hub = Hub(resources.log)
+        keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))
+        server = await build_server(settings, resources, hub, keys)
+
+        async def drain() -> None:
+            await server.draining.wait()
+            hub.drain()
+
+        stack.callback(asyncio.create_task(drain(), name="drain").cancel)
+        async with server.running(JOBS):
+            await until_stopped(stop, hub.run())
+
+
+async def dispatch(settings: DispatchSettings, stop: asyncio.Event) -> None:
+    """`dispatch`: runs jobs on one inference replica."""
+    async with AsyncExitStack() as stack:
+        stack.enter_context(HttpServer(settings.metrics_address, {"/metrics": metrics_page}))
+        resources = await open_resources(settings, stack, role="dispatch", worker_id=settings.worker_id)
+        inference: grpc.aio.Channel = await stack.enter_async_context(
+            mesh_channel(settings, settings.inference_address, caller=SERVICE, service="inference_service")
+        )
+        dispatcher = Dispatcher(
+            settings,
+            engine=resources.engine,
+            client=resources.client,
+            queue=resources.queue,
+            log=resources.log,
+            delivery=resources.delivery,
+            presign=resources.presign,
+            inference=inference,
+        )
+
+        drained = asyncio.Event()
+
+        async def drain() -> None:
+            await stop.wait()
+            with suppress(TimeoutError):  # what still runs goes back to the queue when its slot is cancelled
+                async with asyncio.timeout(settings.drain_s):
+                    await dispatcher.drain()
+            drained.set()
+            await asyncio.Event().wait()
+
+        slots = [dispatcher.slot() for _ in range(settings.dispatch_slots)]
+        await until_stopped(drained, *slots, dispatcher.offer(), dispatcher.listen_for_cancels(), drain())
+
+
+async def relay(settings: RelaySettings, stop: asyncio.Event) -> None:
+    """`relay`: outbox, sweeper, queue positions."""
+    async with AsyncExitStack() as stack:
+        stack.enter_context(HttpServer(settings.metrics_address, {"/metrics": metrics_page}))
+        resources = await open_resources(settings, stack, role="relay")
+        worker = Relay(
+            engine=resources.engine,
+            queue=resources.queue,
+            log=resources.log,
+            ledger=resources.ledger,
+            delivery=resources.delivery,
+            lease_s=settings.lease_seconds,
+        )
+        await until_stopped(stop, worker.outbox(), worker.sweep(), worker.positions())

@@ -1,0 +1,364 @@
+"""The dispatcher: takes jobs that its inference replica can run, drives them, writes how they end.
+
+One stands beside each replica. A slot is free before a job is taken; the queue entry is renewed while the job runs; every
+write is guarded by the attempt, so that a dispatcher that was thought dead changes nothing when it comes back.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import Counter, Histogram
+from redis import asyncio as redis
+from redis.exceptions import RedisError
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
+from genmesh.jobs.v1 import jobs_pb2
+from jobs_service import store
+from jobs_service.delivery import FALLBACK_S, Delivery
+from jobs_service.events import EventLog
+from jobs_service.lifecycle import Job, State, retry_delay_s
+from jobs_service.messages import Presign, new_event, presigned
+from jobs_service.queue import Entry, Hold, JobQueue
+from jobs_service.settings import DispatchSettings
+from servicekit.client import call_metadata
+from servicekit.database import transaction
+from servicekit.errors import MeshError, Reason, from_rpc_error
+
+OFFER_INTERVAL_S = 5.0
+PROGRESS_INTERVAL_S = 0.01
+"""Steps that follow each other faster than this are published together."""
+TROUBLE_PAUSE_S = 0.5
+FINISH_TRIES = 10
+"""Tries to write how a job ended. If the first one was committed and its reply lost, the second finds itself fenced: the
+duties are in the outbox, and the relay does them."""
+RETRYABLE = frozenset(
+    {
+        Reason.ERROR_REASON_UNAVAILABLE,
+        Reason.ERROR_REASON_STORE_FAILED,
+        Reason.ERROR_REASON_WORKER_LOST,
+        Reason.ERROR_REASON_MODEL_OUT_OF_MEMORY,
+    }
+)
+
+ATTEMPTS = Counter("genmesh_attempts_total", "Attempts ended, by how", ["outcome"])
+WAIT_SECONDS = Histogram(
+    "genmesh_job_wait_seconds", "Time from submission to the first attempt", buckets=(0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
+)
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Running:
+    """A job in a slot."""
+
+    job_id: uuid.UUID
+    cancel: asyncio.Event = field(default_factory=asyncio.Event)
+    """The owner wants it stopped."""
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+    """The lease is gone: somebody else has the job now."""
+
+
+@dataclass(slots=True)
+class Output:
+    """What an attempt has made so far."""
+
+    steps_done: int = 0
+    assets: list[bytes] = field(default_factory=list)
+    done: bool = False
+
+
+class Dispatcher:
+    """Runs jobs on one inference replica."""
+
+    def __init__(
+        self,
+        settings: DispatchSettings,
+        *,
+        engine: AsyncEngine,
+        client: "redis.Redis",
+        queue: JobQueue,
+        log: EventLog,
+        delivery: Delivery,
+        presign: Presign,
+        inference: grpc.aio.Channel,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._redis = client
+        self._queue = queue
+        self._log = log
+        self._delivery = delivery
+        self._presign = presign
+        self._inference: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(inference)  # pyright: ignore[reportAttributeAccessIssue]
+        self._catalog: inference_pb2_grpc.ModelCatalogServiceAsyncStub = inference_pb2_grpc.ModelCatalogServiceStub(inference)  # pyright: ignore[reportAttributeAccessIssue]
+        self._health: Any = health_pb2_grpc.HealthStub(inference)
+        self._running: dict[uuid.UUID, Running] = {}
+        self._pools: tuple[str, ...] = ()
+        self._stopping = False
+        self._idle = asyncio.Event()
+
+    # --- tasks of the process ---------------------------------------------------------------------------------------
+
+    async def slot(self) -> None:
+        """One slot: take a job, run it, again. Trouble with a store pauses it, and is no reason to die."""
+        while not self._stopping:
+            try:
+                if not await self._ready():
+                    await asyncio.sleep(TROUBLE_PAUSE_S)
+                    continue
+                entry = await self._queue.take(self._pools)
+                if entry is not None:
+                    await self._handle(entry)
+            except (RedisError, SQLAlchemyError, OSError, MeshError) as error:
+                _log.warning("dispatch.trouble", error=repr(error))
+                await asyncio.sleep(TROUBLE_PAUSE_S)
+        await asyncio.Event().wait()  # drained: the process is about to end
+
+    async def offer(self) -> None:
+        """Tell the store every few seconds which models this worker offers."""
+        while True:
+            try:
+                listed = await self._catalog.ListModels(inference_pb2.ListModelsRequest(), timeout=self._settings.rpc_timeout_s)
+                async with transaction(self._engine) as connection:
+                    await store.offer_models(connection, [(model.model_id, model.SerializeToString()) for model in listed.models])
+                self._pools = tuple(sorted({model.pool for model in listed.models}))
+            except (grpc.aio.AioRpcError, SQLAlchemyError, OSError) as error:
+                _log.warning("dispatch.offer_failed", error=repr(error)[:300])
+                await asyncio.sleep(TROUBLE_PAUSE_S)
+                continue
+            await asyncio.sleep(OFFER_INTERVAL_S)
+
+    async def listen_for_cancels(self) -> None:
+        """Hear at once when an owner cancels a job that runs here."""
+        while True:
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    await pubsub.subscribe(self._log.keys.cancel)
+                    while True:
+                        message: Any = await pubsub.get_message(ignore_subscribe_messages=True, timeout=2.0)
+                        if message is not None:
+                            running = self._running.get(uuid.UUID(message["data"].decode()))
+                            if running is not None:
+                                running.cancel.set()
+            except (RedisError, OSError) as error:
+                _log.warning("dispatch.cancels_unheard", error=repr(error))
+                await asyncio.sleep(TROUBLE_PAUSE_S)
+
+    async def drain(self) -> None:
+        """Take no more jobs; return when the running ones have ended."""
+        self._stopping = True
+        if self._running:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def _ready(self) -> bool:
+        if not self._pools:
+            return False
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=self._settings.rpc_timeout_s)
+        except grpc.aio.AioRpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    # --- one job ----------------------------------------------------------------------------------------------------
+
+    async def _handle(self, entry: Entry) -> None:
+        # Registered before the attempt starts: a cancel that comes with the start must find the job here.
+        running = self._running[entry.job_id] = Running(entry.job_id)
+        try:
+            async with transaction(self._engine) as connection:
+                job = await store.start_attempt(
+                    connection, entry.job_id, worker_id=self._settings.worker_id, entry=entry.name, takeover=entry.taken_over
+                )
+            if job is not None:
+                with structlog.contextvars.bound_contextvars(job_id=str(job.job_id), attempt=job.attempt):
+                    await self._attempt(job, entry, running)
+            await self._queue.done(entry)
+        finally:
+            del self._running[entry.job_id]
+            if not self._running:
+                self._idle.set()
+
+    async def _attempt(self, job: Job, entry: Entry, running: Running) -> None:
+        _log.info("attempt.started", taken_over=entry.taken_over)
+        if job.attempt == 1 and job.start_time and job.create_time:
+            WAIT_SECONDS.observe((job.start_time - job.create_time).total_seconds())
+        await self._publish_state(job)
+        output = Output()
+        async with self._lease(entry, running):
+            outcome = "lost"
+            if job.cancel_requested_time is not None:
+                await self._finish(job, State.CANCELLED, output)
+                outcome = "cancelled"
+            elif job.attempt > self._settings.max_attempts:
+                refusal = MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, "its worker was lost, and no attempt is left")
+                await self._finish(job, State.FAILED, output, refusal)
+                outcome = "failed"
+            else:
+                outcome = await self._run(job, entry, running, output)
+        ATTEMPTS.labels(outcome).inc()
+        _log.info("attempt.ended", outcome=outcome, steps_done=output.steps_done)
+
+    async def _run(self, job: Job, entry: Entry, running: Running, output: Output) -> str:
+        generation = asyncio.create_task(self._generate(job, output))
+        stops = [asyncio.create_task(event.wait()) for event in (running.cancel, running.lost)]
+        try:
+            await asyncio.wait([generation, *stops], return_when=asyncio.FIRST_COMPLETED)
+            if not generation.done():
+                generation.cancel()
+            with suppress(asyncio.CancelledError):
+                await generation
+        except MeshError as refusal:
+            if running.lost.is_set():
+                return "lost"
+            return await self._failed(job, output, refusal)
+        except asyncio.CancelledError:
+            # The process is told to stop: the job goes back to the queue, for another worker to start over.
+            generation.cancel()
+            await asyncio.shield(asyncio.ensure_future(self._hand_back(job, entry)))
+            raise
+        finally:
+            for stop in stops:
+                stop.cancel()
+        if running.lost.is_set():
+            return "lost"
+        if output.done:
+            return await self._finish(job, State.COMPLETED, output)
+        return await self._finish(job, State.CANCELLED, output)
+
+    async def _generate(self, job: Job, output: Output) -> None:
+        """Drive Generate to its end; raises MeshError for what went wrong."""
+        request = inference_pb2.GenerateRequest(
+            job_id=str(job.job_id),
+            attempt=job.attempt,
+            spec=jobs_pb2.JobSpec.FromString(job.spec),
+            # Owner-prefixed and the same for every attempt: a retry overwrites, and nothing is left behind.
+            output_prefix=f"{job.owner_id}/{job.job_id}/",
+        )
+        call = self._inference.Generate(request, metadata=call_metadata())
+        try:
+            published = 0.0
+            async for response in call:
+                kind = response.WhichOneof("message")
+                event = new_event(job.job_id, job.attempt)
+                if kind == "progress":
+                    progress = response.progress
+                    output.steps_done = max(output.steps_done, progress.step)
+                    last = progress.step == progress.step_count
+                    if not last and time.monotonic() - published < PROGRESS_INTERVAL_S:
+                        continue
+                    published = time.monotonic()
+                    event.progress.CopyFrom(progress)
+                elif kind == "preview":
+                    event.preview.CopyFrom(response.preview)
+                elif kind == "asset":
+                    output.assets.append(response.asset.SerializeToString())
+                    event.asset.CopyFrom(presigned(response.asset, self._presign))
+                elif kind == "loading":
+                    event.progress.stage = jobs_pb2.STAGE_LOADING
+                elif kind == "queued":
+                    event.progress.stage = jobs_pb2.STAGE_QUEUED
+                else:
+                    output.steps_done = response.done.steps_done
+                    output.done = True
+                    continue
+                await self._publish(job, event)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
+        if not output.done:
+            raise MeshError(grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_WORKER_LOST, "the model stopped before it was done")
+
+    # --- how it ends ------------------------------------------------------------------------------------------------
+
+    async def _finish(self, job: Job, state: State, output: Output, refusal: MeshError | None = None) -> str:
+        error = None if refusal is None else refusal.to_status().SerializeToString()
+        assets = output.assets if state is State.COMPLETED else ()
+        tries_left = FINISH_TRIES
+        while True:
+            try:
+                async with transaction(self._engine) as connection:
+                    ended = await store.finish(
+                        connection, job, state, fallback_s=FALLBACK_S, steps_done=output.steps_done, assets=assets, error=error
+                    )
+                break
+            except (SQLAlchemyError, OSError) as trouble:  # the work is done: worth some patience before it is done again
+                tries_left -= 1
+                _log.warning("finish.failed", error=repr(trouble)[:300], tries_left=tries_left)
+                if not tries_left:
+                    raise
+                await asyncio.sleep(TROUBLE_PAUSE_S)
+        if ended is None:
+            return "fenced"
+        await self._delivery.now(ended[0], ended[1])
+        return state.name.lower()
+
+    async def _failed(self, job: Job, output: Output, refusal: MeshError) -> str:
+        _log.warning("attempt.failed", reason=Reason.Name(refusal.reason), error=refusal.message)
+        if refusal.reason not in RETRYABLE or job.attempt >= self._settings.max_attempts:
+            return await self._finish(job, State.FAILED, output, refusal)
+        async with transaction(self._engine) as connection:
+            back = await store.requeue(connection, job, delay_s=retry_delay_s(job.attempt))
+        if back is None:
+            return "fenced"
+        await self._publish_state(back)
+        return "retried"
+
+    async def _hand_back(self, job: Job, entry: Entry) -> None:
+        async with transaction(self._engine) as connection:
+            back = await store.requeue(connection, job, delay_s=0.0)
+        await self._queue.done(entry)
+        if back is not None:
+            await self._publish_state(back)
+
+    async def _publish_state(self, job: Job) -> None:
+        try:
+            await self._delivery.publish(job)
+        except (RedisError, OSError) as error:  # watchers see the next event; the state itself is in PostgreSQL
+            _log.warning("publish.failed", error=repr(error))
+
+    async def _publish(self, job: Job, event: jobs_pb2.JobEvent) -> None:
+        try:
+            await self._log.publish(event, owner_id=job.owner_id, version=job.version)
+        except (RedisError, OSError) as error:  # progress is a comfort: the job goes on without
+            _log.warning("publish.failed", error=repr(error))
+
+    @asynccontextmanager
+    async def _lease(self, entry: Entry, running: Running) -> AsyncGenerator[None]:
+        """Renew the queue entry while the block runs, and look for a cancel that was not heard."""
+
+        async def renew() -> None:
+            while True:
+                try:
+                    hold = await self._queue.renew(entry)
+                    if hold is Hold.TAKEN:
+                        _log.warning("lease.lost")
+                        running.lost.set()
+                        return
+                    # GONE: Redis was emptied, but the job is still ours: PostgreSQL knows, and fences whoever else starts it.
+                    async with transaction(self._engine) as connection:
+                        if await store.cancel_requested(connection, [running.job_id]):
+                            running.cancel.set()
+                except (RedisError, SQLAlchemyError, OSError, MeshError) as error:
+                    _log.warning("lease.renew_failed", error=repr(error))
+                await asyncio.sleep(self._settings.lease_seconds / 3)
+
+        task = asyncio.create_task(renew())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task

@@ -1,0 +1,94 @@
+"""Jobs as messages of the contract. No I/O but the computing of presigned URLs."""
+
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+
+from google.protobuf import timestamp_pb2
+from google.rpc import status_pb2
+
+from genmesh.jobs.v1 import jobs_pb2
+from jobs_service.lifecycle import Job, State
+
+Presign = Callable[[str, str], tuple[str, datetime]]
+"""Object key and content type → URL and its end."""
+
+
+def timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
+    """A protobuf timestamp, or None."""
+    if moment is None:
+        return None
+    message = timestamp_pb2.Timestamp()
+    message.FromDatetime(moment)
+    return message
+
+
+def presigned(asset: jobs_pb2.Asset, presign: Presign) -> jobs_pb2.Asset:
+    """An asset as clients see it: with a fresh URL, without its object key."""
+    shown = jobs_pb2.Asset()
+    shown.CopyFrom(asset)
+    shown.url, expires = presign(asset.object_key, asset.content_type)
+    shown.url_expire_time.FromDatetime(expires)
+    shown.ClearField("object_key")
+    return shown
+
+
+def job_message(
+    job: Job,
+    presign: Presign,
+    *,
+    progress: jobs_pb2.Progress | None = None,
+    queue_position: int = 0,
+    waiting: jobs_pb2.Waiting | None = None,
+) -> jobs_pb2.Job:
+    """A job as its owner sees it."""
+    running = job.state is State.PROCESSING
+    return jobs_pb2.Job(
+        job_id=str(job.job_id),
+        owner_id=str(job.owner_id),
+        state=jobs_pb2.State.ValueType(job.state),
+        spec=jobs_pb2.JobSpec.FromString(job.spec),
+        priority=jobs_pb2.Priority.ValueType(job.priority),
+        attempt=job.attempt,
+        worker_id=job.worker_id,
+        progress=progress if running else None,
+        assets=[presigned(jobs_pb2.Asset.FromString(asset), presign) for asset in job.assets],
+        error=None if job.error is None else status_pb2.Status.FromString(job.error),
+        estimated_cost_millicredits=job.estimated_cost,
+        cost_millicredits=job.cost or 0,
+        receipt=receipt(job),
+        queue_position=queue_position,
+        waiting=waiting,
+        create_time=timestamp(job.create_time),
+        start_time=timestamp(job.start_time),
+        finish_time=timestamp(job.finish_time),
+        cancel_requested=job.cancel_requested_time is not None,
+    )
+
+
+def receipt(job: Job) -> jobs_pb2.Receipt | None:
+    """What an ended job cost, itemised."""
+    if job.cost is None:
+        return None
+    return jobs_pb2.Receipt(
+        steps_done=job.steps_done,
+        steps_agreed=job.steps_agreed,
+        step_price_millicredits=job.estimated_cost // job.steps_agreed,
+        captured_millicredits=job.cost,
+        released_millicredits=job.estimated_cost - job.cost,
+    )
+
+
+def state_change(job: Job, presign: Presign, *, queue_position: int = 0) -> jobs_pb2.JobEvent:
+    """The event that a job is in its state now."""
+    event = new_event(job.job_id, job.attempt)
+    event.state_change.state = jobs_pb2.State.ValueType(job.state)
+    event.state_change.job.CopyFrom(job_message(job, presign, queue_position=queue_position))
+    return event
+
+
+def new_event(job_id: uuid.UUID, attempt: int) -> jobs_pb2.JobEvent:
+    """An event that happens now, without payload and sequence number."""
+    event = jobs_pb2.JobEvent(job_id=str(job_id), attempt=attempt)
+    event.event_time.GetCurrentTime()
+    return event

@@ -1,0 +1,7 @@
+"""Alembic entry point; everything is in servicekit.database."""
+
+from alembic import context
+
+from servicekit.database import run_migrations
+
+run_migrations(context)
