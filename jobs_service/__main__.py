@@ -2,12 +2,6 @@
 
 import argparse
 
-from jobs_service import app
-from jobs_service.settings import DispatchSettings, RelaySettings, ServeSettings
-from servicekit.database import migrate
-from servicekit.process import run
-from servicekit.settings import DatabaseSettings, load
-
 
 def main() -> None:
     """Run one process of the service."""
@@ -15,8 +9,19 @@ def main() -> None:
     parser.add_argument("role", choices=["serve", "dispatch", "relay", "migrate"])
     role: str = parser.parse_args().role
     if role == "migrate":
-        migrate(load(DatabaseSettings), package="jobs_service", schema=app.SCHEMA)
-    elif role == "serve":
+        # Imported by role: a migration need not wait for gRPC, Redis and S3 to load.
+        from servicekit.database import migrate
+        from servicekit.settings import DatabaseSettings, load
+
+        migrate(load(DatabaseSettings), package="jobs_service", schema="jobs")
+        return
+
+    from jobs_service import app
+    from jobs_service.settings import DispatchSettings, RelaySettings, ServeSettings
+    from servicekit.process import run
+    from servicekit.settings import load
+
+    if role == "serve":
         settings = load(ServeSettings)
         run(settings, service=app.SERVICE, role=role, main=lambda stop: app.serve(settings, stop))
     elif role == "dispatch":

@@ -12,7 +12,7 @@ from google.protobuf import duration_pb2
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from jobs_service.lifecycle import Job
 from servicekit.client import call_metadata
-from servicekit.errors import MeshError, Reason, from_rpc_error
+from servicekit.errors import MeshError, Reason, from_rpc_error, unavailable
 
 _log = structlog.get_logger(__name__)
 
@@ -38,9 +38,12 @@ class Ledger:
             reservation_id=str(job_id), user_id=str(owner_id), amount_millicredits=amount, ttl=self._hold_ttl
         )
         try:
-            await self._stub.ReserveCredits(request, timeout=self._timeout_s, metadata=call_metadata())
+            response = await self._stub.ReserveCredits(request, timeout=self._timeout_s, metadata=call_metadata())
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
+        if response.reservation.state != credits_pb2.Reservation.STATE_HELD:
+            # A repeat that found its hold settled or expired: there is nothing to run the job on.
+            raise unavailable("the hold of this request has ended; try again")
 
     async def settle(self, job: Job) -> None:
         """Capture the cost of an ended job, or release its hold when it costs nothing. Raises UNAVAILABLE."""

@@ -107,17 +107,20 @@ def permission_denied(message: str, reason: ReasonValue = Reason.ERROR_REASON_PE
 def from_rpc_error(error: grpc.aio.AioRpcError) -> MeshError:
     """What another service of the mesh refused, as an error of ours.
 
-    A reason of the domain `genmesh` is kept. What has none (connection lost, deadline, INTERNAL) becomes UNAVAILABLE, so
+    A reason of the domain `genmesh` is kept, with its metadata and time to retry. Field violations are not: they name fields
+    of a request that our caller never saw. What has no reason (connection lost, deadline, INTERNAL) becomes UNAVAILABLE, so
     that the caller's caller may try again.
     """
     status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]  # AioRpcError has the same accessors as a Call
+    known = unavailable("a service of the mesh is out of reach")
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status.details if status else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN:
-            try:
-                reason = Reason.Value(info.reason)
-            except ValueError:  # a reason of a newer release
-                continue
+        if detail.Is(retry.DESCRIPTOR):
+            detail.Unpack(retry)
+        elif detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.keys():  # noqa: SIM118
+            reason = Reason.Value(info.reason)
             if reason != Reason.ERROR_REASON_INTERNAL:
-                return MeshError(error.code(), reason, error.details() or "", metadata=info.metadata)
-    return unavailable("a service of the mesh is out of reach")
+                known = MeshError(error.code(), reason, error.details() or "", metadata=info.metadata)
+    if retry.HasField("retry_delay"):
+        known.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+    return known

@@ -17,10 +17,6 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import prometheus_client
 import structlog
 from opentelemetry import propagate, trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from servicekit.settings import TelemetrySettings
 from servicekit.tls import TlsFiles, server_ssl_context
@@ -73,6 +69,12 @@ def configure(settings: TelemetrySettings, *, service: str, role: str) -> None:
     logging.basicConfig(level=max(LEVELS[settings.log_level], logging.WARNING), handlers=[handler], force=True)
 
     if settings.otlp_endpoint:
+        # Imported only where traces are wanted: the SDK and its exporter cost every process start and memory.
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
         provider = TracerProvider(resource=Resource.create({"service.name": service, "genmesh.role": role}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.otlp_endpoint)))
         trace.set_tracer_provider(provider)

@@ -1,0 +1,144 @@
+"""Rules of accounts and sessions: addresses, claims of access tokens, what a refresh token may still do, pages of accounts.
+
+No I/O and no clock here: callers bring the facts.
+"""
+
+import base64
+import binascii
+import enum
+import hashlib
+import secrets
+import uuid
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from servicekit.errors import MeshError, Reason, invalid, permission_denied, unauthenticated
+
+PASSWORD_LENGTH_MIN = 10
+PLAN_FREE = "PLAN_FREE"
+"""Plans go by their names in the proto: the same word in the table, in the token and on the wire."""
+
+REFRESH_TOKEN_BYTES = 32
+PAGE_SIZE_DEFAULT = 50
+PAGE_SIZE_MAX = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user as every part of the gateway knows it; secrets are elsewhere."""
+
+    user_id: uuid.UUID
+    email: str
+    display_name: str
+    roles: tuple[str, ...]
+    plan: str
+    disabled: bool
+    create_time: datetime
+
+
+def canonical_email(email: str, field: str = "email") -> str:
+    """The one form in which an address is stored and looked up. Raises INVALID_ARGUMENT for what PostgreSQL cannot hold."""
+    if "\0" in email:
+        raise invalid(field, "must not contain NUL")
+    return email.lower()
+
+
+def display_name_or_default(display_name: str, email: str) -> str:
+    """The name to show: the given one, or the part of the address before the @."""
+    return display_name.strip() or email.partition("@")[0]
+
+
+def require_enabled(account: Account) -> None:
+    """Raise PERMISSION_DENIED (ACCOUNT_DISABLED) for a disabled account."""
+    if account.disabled:
+        raise permission_denied("this account is disabled", Reason.ERROR_REASON_ACCOUNT_DISABLED)
+
+
+def access_claims(account: Account, *, issuer: str, audience: str, issued_at: datetime, ttl: timedelta) -> dict[str, Any]:
+    """Claims of an access token, as `servicekit.identity.TokenVerifier` and Envoy's jwt_authn read them."""
+    return {
+        "iss": issuer,
+        "aud": audience,
+        "sub": str(account.user_id),
+        "iat": int(issued_at.timestamp()),
+        "exp": int((issued_at + ttl).timestamp()),
+        "jti": str(uuid.uuid4()),
+        "roles": list(account.roles),
+        "plan": account.plan,
+    }
+
+
+def new_refresh_token() -> str:
+    """An opaque token of 256 random bits."""
+    return secrets.token_urlsafe(REFRESH_TOKEN_BYTES)
+
+
+def refresh_token_hash(token: str) -> bytes:
+    """What is stored of a refresh token. It has full entropy: a fast hash is enough, and it can be looked up."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshState:
+    """What is known of a presented refresh token and its session at the database's now."""
+
+    session_id: uuid.UUID
+    token_used: bool
+    token_expired: bool
+    session_over: bool
+    account_disabled: bool
+
+
+class RefreshDecision(enum.Enum):
+    """What happens to a presented refresh token. The values of the last two are stored as the reason a session ended."""
+
+    ROTATE = "rotate"
+    REFUSE = "refuse"
+    END_REUSED = "token_reused"
+    END_ACCOUNT_DISABLED = "account_disabled"
+
+
+END_SIGNED_OUT = "signed_out"
+
+
+def decide_refresh(state: RefreshState | None) -> RefreshDecision:
+    """Refresh-token rotation with reuse detection (RFC 9700, section 4.14.2).
+
+    A used token that comes back was copied, by whom nobody can tell: the session ends for everybody. That goes before
+    expiry: an old copy is as telling as a fresh one.
+    """
+    if state is None or state.session_over:
+        return RefreshDecision.REFUSE
+    if state.token_used:
+        return RefreshDecision.END_REUSED
+    if state.token_expired:
+        return RefreshDecision.REFUSE
+    if state.account_disabled:
+        return RefreshDecision.END_ACCOUNT_DISABLED
+    return RefreshDecision.ROTATE
+
+
+def refresh_token_invalid() -> MeshError:
+    """UNAUTHENTICATED (REFRESH_TOKEN_INVALID), the same whatever is wrong with the token."""
+    return unauthenticated(Reason.ERROR_REASON_REFRESH_TOKEN_INVALID, "the refresh token is not valid any more; sign in again")
+
+
+def page_limit(page_size: int) -> int:
+    """Accounts a page for a requested size; 0 means the default."""
+    return min(page_size, PAGE_SIZE_MAX) or PAGE_SIZE_DEFAULT
+
+
+def encode_page_token(last: uuid.UUID) -> str:
+    """The token of the page after the account `last`."""
+    return base64.urlsafe_b64encode(last.bytes).decode().rstrip("=")
+
+
+def decode_page_token(token: str) -> uuid.UUID | None:
+    """The account after which the page starts; None for the first page. Raises INVALID_ARGUMENT for a made-up token."""
+    if not token:
+        return None
+    try:
+        return uuid.UUID(bytes=base64.b64decode(token + "==", altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError):
+        raise invalid("page_token", "is not a token of this method") from None

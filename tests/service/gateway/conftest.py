@@ -1,0 +1,119 @@
+"""A running gateway over real PostgreSQL, reached through mTLS."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import pytest
+import pytest_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from gateway import app
+from gateway.accounts import Accounts
+from gateway.settings import GatewaySettings
+from gateway.tokens import JWKS_PATH, SigningKeys
+from genmesh.identity.v1 import identity_pb2_grpc
+from servicekit.client import mesh_channel
+from servicekit.database import create_engine, migrate
+from servicekit.errors import MeshError, from_rpc_error
+from servicekit.settings import DatabaseSettings
+
+
+class PostgresServer(Protocol):
+    """The shared fixture."""
+
+    def create_database(self) -> str:
+        """URL of a fresh empty database."""
+        ...
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway, from inside and from outside."""
+
+    settings: GatewaySettings
+    engine: AsyncEngine
+    keys: SigningKeys
+    accounts: Accounts
+    users: "identity_pb2_grpc.IdentityServiceAsyncStub"
+    admin: "identity_pb2_grpc.IdentityAdminServiceAsyncStub"
+    jwks_url: str
+
+
+class StartGateway(Protocol):
+    """Starts a gateway that ends with the test or module that asked for it."""
+
+    async def __call__(self, **settings: Any) -> Gateway:
+        """`settings` override those of the tests."""
+        ...
+
+
+@pytest.fixture(scope="session")
+def database_url(postgres: PostgresServer) -> str:
+    """A migrated database; tests share it, so each makes its own accounts."""
+    url = postgres.create_database()
+    migrate(DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)
+    return url
+
+
+@pytest_asyncio.fixture(scope="session")
+async def start_gateway(database_url: str, certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[StartGateway]:
+    """See StartGateway."""
+    async with AsyncExitStack() as stack:
+
+        async def start(**settings: Any) -> Gateway:
+            values = {
+                "certificates_dir": certificates,
+                "database_url": database_url,
+                "database_pool_size": 10,
+                "signing_keys_dir": tmp_path_factory.mktemp("keys"),
+                "jwks_listen_address": "127.0.0.1:0",
+                "drain_s": 0,
+                # Passwords as cheap as they get: their strength is not under test here.
+                "password_hash_memory_kib": 1024,
+                "password_hash_iterations": 1,
+            }
+            read = GatewaySettings.model_validate(values | settings)
+            engine = create_engine(read, schema=app.SCHEMA, application="test")
+            stack.push_async_callback(engine.dispose)
+            passwords = app.build_passwords(read)
+            stack.callback(passwords.close)
+            deps = app.Dependencies(engine, SigningKeys.open(read.signing_keys_dir), passwords)
+            jwks = stack.enter_context(app.build_jwks_server(read, deps.keys))
+            server = await stack.enter_async_context(app.build_server(read, deps).running(*app.SERVICE_NAMES))
+            channel = await stack.enter_async_context(mesh_channel(read, f"127.0.0.1:{server.port}", caller="envoy", service="gateway"))
+            return Gateway(
+                settings=read,
+                engine=engine,
+                keys=deps.keys,
+                accounts=app.build_accounts(read, deps),
+                users=identity_pb2_grpc.IdentityServiceStub(channel),
+                admin=identity_pb2_grpc.IdentityAdminServiceStub(channel),
+                jwks_url=f"https://127.0.0.1:{jwks.port}{JWKS_PATH}",
+            )
+
+        yield start
+
+
+@pytest_asyncio.fixture(scope="session")
+async def gateway(start_gateway: StartGateway) -> Gateway:
+    """A gateway that most tests share."""
+    return await start_gateway()
+
+
+Refused = Callable[[Awaitable[Any]], Awaitable[MeshError]]
+
+
+@pytest.fixture(scope="session")
+def refused() -> Refused:
+    """Waits for a call to be refused and answers with its typed error."""
+
+    async def wait(call: Awaitable[Any]) -> MeshError:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        return from_rpc_error(caught.value)
+
+    return wait
