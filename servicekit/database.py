@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -100,6 +101,19 @@ def migrate(settings: DatabaseSettings, *, package: str, schema: str) -> None:
     config.attributes["database_url"] = settings.database_url.get_secret_value()
     config.attributes["schema"] = schema
     command.upgrade(config, "head")
+
+
+def run_script(migration: str) -> None:
+    """Run the SQL that lies beside a revision (`0001_name.py` → `0001_name.sql`), in the revision's transaction.
+
+    Migrations are SQL files, for people and for the linter that reads them; call this from `upgrade` with `__file__`.
+    """
+    from alembic import op
+
+    script = Path(migration).with_suffix(".sql").read_text(encoding="utf-8")
+    # SQLAlchemy prepares every statement, and PostgreSQL prepares only one at a time; the driver itself takes a script whole.
+    connection: Any = op.get_bind().connection.dbapi_connection
+    connection.run_async(lambda driver: driver.execute(script))
 
 
 def run_migrations(context: Any) -> None:

@@ -95,7 +95,7 @@ class Errors:
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # CancelledError is no Exception and passes
-            refusal = error if isinstance(error, MeshError) else self._translate(error)
+            refusal = error if isinstance(error, MeshError) else _not_offered(error) or self._translate(error)
             if refusal is None:
                 error_id = str(uuid.uuid4())
                 _log.exception("rpc.internal_error", error_id=error_id)
@@ -107,6 +107,13 @@ class Errors:
             call.code = refusal.code
             # grpcio has it, its stubs do not.
             await call.context.abort_with_status(rpc_status.to_status(refusal.to_status()))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _not_offered(error: Exception) -> MeshError | None:
+    """What the generated base class raises for a method of the contract that a servicer does not define."""
+    if isinstance(error, NotImplementedError):
+        return MeshError(grpc.StatusCode.UNIMPLEMENTED, Reason.ERROR_REASON_NOT_OFFERED, "this method is not offered here")
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """In Job.error: the media could not be stored."""
     ERROR_REASON_NOT_OFFERED: _ErrorReason.ValueType  # 29
     """UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet)."""
+    ERROR_REASON_MODEL_BUSY: _ErrorReason.ValueType  # 30
+    """FAILED_PRECONDITION: the model runs a job; unload it when the job has ended. Metadata: `model`."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the machine-readable reason of a refusal; clients branch on it, never on the message text."""
@@ -152,4 +154,6 @@ ERROR_REASON_STORE_FAILED: ErrorReason.ValueType  # 28
 """In Job.error: the media could not be stored."""
 ERROR_REASON_NOT_OFFERED: ErrorReason.ValueType  # 29
 """UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet)."""
+ERROR_REASON_MODEL_BUSY: ErrorReason.ValueType  # 30
+"""FAILED_PRECONDITION: the model runs a job; unload it when the job has ended. Metadata: `model`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

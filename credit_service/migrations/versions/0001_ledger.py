@@ -1,0 +1,11 @@
+"""The ledger: see `0001_ledger.sql`."""
+
+from servicekit.database import run_script
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    """Create the schema."""
+    run_script(__file__)

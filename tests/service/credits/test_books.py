@@ -1,0 +1,184 @@
+"""What PostgreSQL itself guarantees: append-only, balanced, bounded, swept; and that `tables.py` tells the truth about it."""
+
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from credit_service import store
+from credit_service.ledger import Balance, Outcome, State
+from credit_service.tables import SCHEMA, metadata
+from servicekit.database import migrate
+from servicekit.settings import DatabaseSettings
+
+INT64_MAX = 2**63 - 1
+OVERDUE = timedelta(microseconds=1)
+HOUR = timedelta(hours=1)
+
+
+@pytest.fixture
+async def connection(engine: AsyncEngine):
+    """A connection in autocommit."""
+    async with engine.connect() as connection:
+        yield connection
+
+
+async def grant(connection: AsyncConnection, user_id: uuid.UUID, amount_millicredits: int) -> Outcome:
+    answer = await store.grant(
+        connection,
+        actor_id=uuid.uuid4(),
+        request_id=uuid.uuid4(),
+        user_id=user_id,
+        amount_millicredits=amount_millicredits,
+        reason="test",
+    )
+    return answer.outcome
+
+
+async def hold(connection: AsyncConnection, user_id: uuid.UUID, amount_millicredits: int, ttl: timedelta = HOUR) -> uuid.UUID:
+    reservation_id = uuid.uuid4()
+    answer = await store.reserve(
+        connection, reservation_id=reservation_id, user_id=user_id, amount_millicredits=amount_millicredits, ttl=ttl
+    )
+    assert answer.outcome is Outcome.OK
+    return reservation_id
+
+
+@pytest.mark.parametrize("table", ["entries", "events", "grants"])
+@pytest.mark.parametrize("change", ["UPDATE credits.{} SET event_id = event_id", "DELETE FROM credits.{}", "TRUNCATE credits.{} CASCADE"])
+async def test_history_cannot_be_changed_by_the_service(connection: AsyncConnection, user_id: uuid.UUID, table: str, change: str):
+    await grant(connection, user_id, 1)
+    with pytest.raises(DBAPIError) as raised:
+        await connection.execute(sa.text(change.format(table)))
+    # 42501: the role has no right to; 23001, 428C9: it has, and is refused all the same.
+    assert getattr(raised.value.orig, "sqlstate", None) in ("42501", "23001", "428C9")
+
+
+@pytest.mark.parametrize("table", ["entries", "events", "grants"])
+@pytest.mark.parametrize("change", ["UPDATE credits.{0} SET {1} = {1}", "DELETE FROM credits.{0}", "TRUNCATE credits.{0} CASCADE"])
+async def test_history_cannot_be_changed_by_a_role_that_took_its_rights_back(
+    connection: AsyncConnection, user_id: uuid.UUID, table: str, change: str
+):
+    await grant(connection, user_id, 1)
+    column = {"entries": "account", "events": "kind", "grants": "reason"}[table]
+    await connection.execute(sa.text("BEGIN"))
+    try:
+        await connection.execute(sa.text("GRANT ALL ON ALL TABLES IN SCHEMA credits TO CURRENT_USER"))
+        with pytest.raises(DBAPIError, match="append-only"):
+            await connection.execute(sa.text(change.format(table, column)))
+    finally:
+        await connection.execute(sa.text("ROLLBACK"))
+
+
+async def test_entries_that_do_not_balance_are_not_written(connection: AsyncConnection, user_id: uuid.UUID):
+    await grant(connection, user_id, 1)
+    write = sa.text(
+        "WITH event AS (INSERT INTO credits.events (kind, create_time) VALUES ('grant', now()) RETURNING event_id)"
+        " INSERT INTO credits.entries (event_id, account, user_id, amount_millicredits, balance_after_millicredits)"
+        " SELECT event_id, 'available', :user_id, 5, 6 FROM event"
+    )
+    with pytest.raises(DBAPIError, match="sum to zero"):
+        await connection.execute(write, {"user_id": user_id})
+    assert await store.balance(connection, user_id=user_id) == Balance(1, 0)
+
+
+@pytest.mark.parametrize("side", ["available_millicredits", "reserved_millicredits"])
+async def test_no_balance_is_below_zero(connection: AsyncConnection, user_id: uuid.UUID, side: str):
+    await grant(connection, user_id, 1)
+    with pytest.raises(DBAPIError, match=r"accounts_.*check"):
+        await connection.execute(sa.text(f"UPDATE credits.accounts SET {side} = -1 WHERE user_id = :user_id"), {"user_id": user_id})
+
+
+async def test_a_grant_that_would_overflow_the_balance_moves_nothing(connection: AsyncConnection, user_id: uuid.UUID):
+    assert await grant(connection, user_id, INT64_MAX) is Outcome.OK
+    reservation_id = await hold(connection, user_id, INT64_MAX - 10)
+    # There is room on the available side, but none for the hold to come back to.
+    assert await grant(connection, user_id, 1) is Outcome.AMOUNT_OUT_OF_RANGE
+    assert await store.balance(connection, user_id=user_id) == Balance(10, INT64_MAX - 10)
+    await store.capture(connection, reservation_id=reservation_id, amount_millicredits=1)
+    assert await grant(connection, user_id, 2) is Outcome.AMOUNT_OUT_OF_RANGE
+    assert await grant(connection, user_id, 1) is Outcome.OK
+    assert await store.balance(connection, user_id=user_id) == Balance(INT64_MAX, 0)
+
+
+async def test_a_balance_that_entries_do_not_prove_is_a_discrepancy(connection: AsyncConnection, user_id: uuid.UUID):
+    await grant(connection, user_id, 10)
+    await hold(connection, user_id, 4)
+    found = sa.text("SELECT problem FROM credits.discrepancies WHERE subject = :user_id ORDER BY problem")
+    await connection.execute(sa.text("BEGIN"))
+    try:
+        await connection.execute(
+            sa.text("UPDATE credits.accounts SET available_millicredits = 11, reserved_millicredits = 5 WHERE user_id = :user_id"),
+            {"user_id": user_id},
+        )
+        assert (await connection.execute(found, {"user_id": str(user_id)})).scalars().all() == [
+            "balance differs from entries: available",
+            "balance differs from entries: reserved",
+            "reserved balance differs from open holds",
+        ]
+    finally:
+        await connection.execute(sa.text("ROLLBACK"))
+
+
+async def test_overdue_holds_are_swept_in_bounded_batches_and_others_are_left(connection: AsyncConnection, user_id: uuid.UUID):
+    await grant(connection, user_id, 100)
+    await store.expire_due(connection, limit=1000)  # what other tests left
+    overdue = [await hold(connection, user_id, 10, OVERDUE) for _ in range(3)]
+    current = await hold(connection, user_id, 10)
+    assert await store.expire_due(connection, limit=2) == 2
+    assert await store.expire_due(connection, limit=2) == 1
+    assert await store.expire_due(connection, limit=2) == 0
+    states: list[State] = []
+    for reservation_id in (*overdue, current):
+        answer = await store.get_reservation(connection, reservation_id=reservation_id)
+        assert answer.reservation is not None
+        states.append(answer.reservation.state)
+    assert states == [State.EXPIRED, State.EXPIRED, State.EXPIRED, State.HELD]
+    assert await store.balance(connection, user_id=user_id) == Balance(90, 10)
+
+
+async def test_the_sweep_does_not_wait_for_a_busy_account(connection: AsyncConnection, engine: AsyncEngine, user_id: uuid.UUID):
+    other = uuid.uuid4()
+    for owner in (user_id, other):
+        await grant(connection, owner, 10)
+    await store.expire_due(connection, limit=1000)
+    for owner in (user_id, other):
+        await hold(connection, owner, 10, OVERDUE)
+    async with engine.connect() as busy:
+        await busy.execute(sa.text("BEGIN"))
+        await busy.execute(sa.text("SELECT 1 FROM credits.accounts WHERE user_id = :user_id FOR UPDATE"), {"user_id": user_id})
+        assert await store.expire_due(connection, limit=1000) == 1
+        await busy.execute(sa.text("ROLLBACK"))
+    assert await store.balance(connection, user_id=user_id) == Balance(0, 10)
+    assert await store.expire_due(connection, limit=1000) == 1
+    assert await store.balance(connection, user_id=user_id) == Balance(10, 0)
+
+
+def shape(tables: sa.MetaData) -> dict[str, object]:
+    """What tables.py tells its readers about each table."""
+    dialect = postgresql.dialect()
+    return {
+        table.name: (
+            [(column.name, column.type.compile(dialect), column.nullable, column.primary_key) for column in table.columns],
+            {(key.parent.name, key.target_fullname) for key in table.foreign_keys},
+        )
+        for table in tables.tables.values()
+        if table.name != "alembic_version"
+    }
+
+
+async def test_tables_are_what_the_migrations_make(connection: AsyncConnection):
+    reflected = sa.MetaData()
+    await connection.run_sync(partial(reflected.reflect, schema=SCHEMA, postgresql_ignore_search_path=True))
+    assert shape(reflected) == shape(metadata)
+
+
+def test_migrating_again_changes_nothing(migrated_database: Callable[[], str]):
+    settings = DatabaseSettings.model_validate({"database_url": migrated_database()})
+    migrate(settings, package="credit_service", schema=SCHEMA)
