@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 OVERRIDES := build/lock-overrides.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint check-gen gen lock clean
+.PHONY: help setup demo up test lint breaking settings check-gen gen lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,14 @@ lint: $(STAMP) check-gen ## Everything that reads the code without running it
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 	$(BIN)/buf lint
+	$(BIN)/squawk */migrations/versions/*.sql
+	$(BIN)/python -m scripts.settings_table --check
+
+breaking: $(STAMP) ## Fail if proto/ breaks clients of the main branch
+	$(BIN)/buf breaking --against '.git#branch=main'
+
+settings: $(STAMP) ## Write the settings table of README.md
+	$(BIN)/python -m scripts.settings_table
 
 gen: $(STAMP) ## Make stubs and descriptors from proto/
 	PYTHON=$(BIN)/python scripts/generate_stubs.sh

@@ -1,0 +1,432 @@
+"""Calls to the edge as one user: connection, login kept fresh, retries, watches that reconnect.
+
+Nothing here prints or knows a command.
+"""
+
+import random
+import socket
+import ssl
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+from urllib.parse import urlsplit
+
+import grpc
+
+from cli.failures import CommandError, ExitCode, code_of, reason_of, retry_after_s, usage
+from cli.session import Session, SessionFile, SessionMemory, SessionStore
+from cli.settings import ClientSettings
+from genmesh.credits.v1 import credits_pb2_grpc
+from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
+from genmesh.inference.v1 import inference_pb2_grpc
+from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
+
+CALL_TIMEOUT_S = 15.0
+RETRY_WINDOW_S = 20.0
+RECONNECT_WINDOW_S = 120.0
+REFRESH_MARGIN_S = 30.0
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 3.0
+PROBE_TIMEOUT_S = 2.0
+
+TERMINAL = frozenset({jobs_pb2.STATE_COMPLETED, jobs_pb2.STATE_FAILED, jobs_pb2.STATE_CANCELLED})
+
+# How a stream ends when a proxy or a process between us and the job goes away.
+_INTERRUPTIONS = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED})
+# The same, but only when no service of ours said it: a reset HTTP/2 stream.
+_RESETS = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
+
+PAGE_SIZE_MAX = 200
+
+Item = TypeVar("Item")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeAddress:
+    """Where an edge listens."""
+
+    host: str
+    port: int
+    tls: bool
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """`http://HOST[:PORT]` or `https://HOST[:PORT]`; raises CommandError (usage)."""
+        parts = urlsplit(url.strip())
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.path not in {"", "/"} or port == 0:
+            raise usage(f"not the address of an edge: {url!r}", "give it as http://HOST:PORT or https://HOST:PORT")
+        return cls(parts.hostname, port or (443 if parts.scheme == "https" else 80), parts.scheme == "https")
+
+    @property
+    def target(self) -> str:
+        """HOST:PORT."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The address in one normal form."""
+        return f"{'https' if self.tls else 'http'}://{self.target}"
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it is this machine: then no proxy stands between."""
+        return self.host in {"localhost", "::1"} or self.host.startswith("127.")
+
+    def listening(self) -> bool:
+        """Whether anything accepts connections there."""
+        try:
+            with closing(socket.create_connection((self.host, self.port), PROBE_TIMEOUT_S)):
+                return True
+        except OSError:
+            return False
+
+
+class Backoff:
+    """Growing, jittered waits inside a window of time that starts with the first failure."""
+
+    def __init__(self, window_s: float, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._window_s = window_s
+        self._sleep = sleep
+        self.reset()
+
+    def reset(self) -> None:
+        """Something worked: the next failure is a first one."""
+        self._delay_s = BACKOFF_FIRST_S
+        self._since: float | None = None
+
+    def wait(self, at_least_s: float | None = None) -> bool:
+        """Wait before the next try; False at once when the window is over."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        delay_s = max(at_least_s or 0.0, self._delay_s * random.uniform(0.5, 1.0))  # noqa: S311  # jitter, not a secret
+        if now + delay_s - self._since > self._window_s:
+            return False
+        self._delay_s = min(self._delay_s * 2, BACKOFF_MAX_S)
+        self._sleep(delay_s)
+        return True
+
+
+class Edge:
+    """Calls to one edge as one user; a context manager that closes the connection."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        store: SessionStore,
+        ca_file: Path | None = None,
+        credentials: tuple[str, str] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`credentials` (e-mail, password) sign in by themselves when the store has no login."""
+        self.address = EdgeAddress.parse(url)
+        self._store = store
+        self._credentials = credentials
+        self._sleep = sleep
+        self._session: Session | None = None
+        self._reached = False
+        self._stopped = False
+        self._watching: grpc.RpcContext | None = None
+        self._channel = _channel(self.address, ca_file)
+        self.identity = identity_pb2_grpc.IdentityServiceStub(self._channel)
+        self.identity_admin = identity_pb2_grpc.IdentityAdminServiceStub(self._channel)
+        self.jobs = jobs_pb2_grpc.JobsServiceStub(self._channel)
+        self.credits = credits_pb2_grpc.CreditsServiceStub(self._channel)
+        self.ledger_admin = credits_pb2_grpc.LedgerAdminServiceStub(self._channel)
+        self.models = inference_pb2_grpc.ModelCatalogServiceStub(self._channel)
+
+    @classmethod
+    def of(cls, settings: ClientSettings, url: str | None = None, *, stored_login: bool = False) -> Self:
+        """The edge that option, environment, stored login or default name, in this order.
+
+        E-mail and password of the environment come before the stored login, except with `stored_login`.
+        """
+        file = SessionFile(settings.session_path)
+        chosen = url or settings.edge_url
+        if chosen is None and "edge_port" not in settings.model_fields_set:
+            stored = file.load()
+            chosen = stored.edge if stored else None
+        credentials = (settings.email, settings.password.get_secret_value()) if settings.email and settings.password else None
+        if stored_login:
+            credentials = None
+        return cls(
+            chosen or settings.default_edge,
+            store=SessionMemory() if credentials else file,
+            ca_file=settings.ca_file,
+            credentials=credentials,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._channel.close()
+
+    @property
+    def url(self) -> str:
+        """The edge's address."""
+        return self.address.url
+
+    # Login
+
+    def session(self) -> Session:
+        """The login, refreshed when its access token is about to expire. Raises CommandError when nobody is signed in."""
+        if self._session is None:
+            stored = self._store.load()
+            if stored is not None and stored.edge == self.url:  # tokens never go to another edge than the one that gave them
+                self._session = stored
+            elif self._credentials is not None:
+                self._session = self.sign_in(*self._credentials)
+            elif stored is not None:
+                raise CommandError(
+                    f"you are signed in at {stored.edge}, not at {self.url}",
+                    f"sign in with `genmesh login --edge {self.url}`",
+                    code=ExitCode.DENIED,
+                )
+            else:
+                raise CommandError(
+                    "you are not signed in",
+                    "sign in with `genmesh login`, or make an account with `genmesh register`",
+                    code=ExitCode.DENIED,
+                )
+        if self._session.expire_time - time.time() < REFRESH_MARGIN_S:
+            self._refresh(self._session)
+        return self._session
+
+    def sign_in(self, email: str, password: str) -> Session:
+        """Sign in and store the login."""
+        request = identity_pb2.SignInRequest(password=identity_pb2.PasswordCredential(email=email, password=password))
+        session = self._to_session(self.call(self.identity.SignIn, request, signed_in=False))
+        with self._store.locked():
+            self._store.save(session)
+        self._session = session
+        return session
+
+    def sign_out(self) -> bool:
+        """End the stored session, at the edge where it can be reached, and forget it. False: there was none."""
+        with self._store.locked():
+            stored = self._store.load()
+            if stored is None:
+                return False
+            try:
+                if stored.edge == self.url:
+                    self.identity.SignOut(
+                        identity_pb2.SignOutRequest(refresh_token=stored.refresh_token),
+                        timeout=CALL_TIMEOUT_S,
+                        metadata=_authorization(stored),
+                    )
+            except grpc.RpcError:
+                pass  # an expired token or an edge that is down: the login is forgotten here all the same
+            self._store.clear()
+        self._session = None
+        return True
+
+    def _refresh(self, stale: Session) -> Session:
+        with self._store.locked():
+            stored = self._store.load()
+            if stored is not None and stored.edge == self.url and stored.access_token != stale.access_token:
+                self._session = stored  # another command has refreshed it meanwhile
+                return stored
+            try:
+                request = identity_pb2.RefreshSessionRequest(refresh_token=stale.refresh_token)
+                response = self.call(self.identity.RefreshSession, request, signed_in=False)
+            except grpc.RpcError as error:
+                if code_of(error) is not grpc.StatusCode.UNAUTHENTICATED:
+                    raise
+                self._store.clear()
+                self._session = None
+                if self._credentials is None:
+                    raise CommandError("your session has ended", "sign in with `genmesh login`", code=ExitCode.DENIED) from error
+            else:
+                self._session = self._to_session(response)
+                self._store.save(self._session)
+                return self._session
+        return self.sign_in(*self._credentials)
+
+    def _to_session(self, response: identity_pb2.SignInResponse | identity_pb2.RefreshSessionResponse) -> Session:
+        return Session(
+            edge=self.url,
+            user_id=response.user.user_id,
+            email=response.user.email,
+            access_token=response.access_token,
+            refresh_token=response.refresh_token,
+            expire_time=response.expire_time.ToMilliseconds() / 1000,
+        )
+
+    # Calls
+
+    def call(
+        self,
+        method: "grpc.UnaryUnaryMultiCallable[Request, Response]",
+        request: Request,
+        *,
+        signed_in: bool = True,
+        repeatable: bool = True,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> Response:
+        """Call a method. What is UNAVAILABLE is tried again for a while if it is `repeatable`: a request that changes
+        anything has to carry an id that makes it so. Raises grpc.RpcError, and CommandError when there is no edge at all.
+        """
+        backoff = Backoff(RETRY_WINDOW_S, sleep=self._sleep)
+        renewed = False
+        while True:
+            session = self.session() if signed_in else None
+            try:
+                response = method(request, timeout=timeout_s, metadata=_authorization(session))
+            except grpc.RpcError as error:
+                code = code_of(error)
+                if code is grpc.StatusCode.UNAUTHENTICATED and session is not None and not renewed:
+                    renewed = True
+                    self._refresh(session)
+                elif code is grpc.StatusCode.UNAVAILABLE:
+                    self._check_reachable()
+                    if not repeatable or not backoff.wait(retry_after_s(error)):
+                        raise
+                else:
+                    raise
+            else:
+                self._reached = True
+                return response
+
+    def watch(
+        self, job_ids: Collection[str] = (), *, on_interruption: Callable[[], None] = lambda: None
+    ) -> Generator[jobs_pb2.WatchJobsResponse]:
+        """What happens to jobs (none named: to all of the user), until the last of those named has ended.
+
+        Reconnects and resumes by itself, so that nothing is missed and no event is seen twice; `on_interruption` is told.
+        Raises grpc.RpcError when the edge refuses, or stays away for longer than RECONNECT_WINDOW_S.
+        """
+        open_jobs = set(job_ids)
+        sequences: dict[str, int] = {}
+        token = ""
+        backoff = Backoff(RECONNECT_WINDOW_S, sleep=self._sleep)
+        renewed = False
+        while True:
+            session: Session | None = None
+            error: grpc.RpcError | None = None
+            if self._stopped:
+                raise KeyboardInterrupt
+            try:
+                session = self.session()
+                request = jobs_pb2.WatchJobsRequest(job_ids=job_ids, resume_token=token)
+                call = self.jobs.WatchJobs(request, metadata=_authorization(session))
+                self._watching = call
+                try:
+                    for response in call:
+                        if self._stopped:
+                            break
+                        self._reached = True
+                        renewed = False
+                        backoff.reset()
+                        token = response.resume_token or token
+                        if response.HasField("event"):
+                            event = response.event
+                            if event.sequence <= sequences.get(event.job_id, 0):
+                                continue
+                            sequences[event.job_id] = event.sequence
+                        yield response
+                        open_jobs.difference_update(_ended(response))
+                        if job_ids and not open_jobs:
+                            return
+                finally:
+                    call.cancel()
+                # It ended well although jobs are open: the server drains, and another one takes over.
+            except grpc.RpcError as interruption:
+                if self._stopped:
+                    continue
+                error = interruption
+                code = code_of(error)
+                if code is grpc.StatusCode.UNAUTHENTICATED and session is not None and not renewed:
+                    renewed = True
+                    self._refresh(session)
+                    continue
+                if code not in _INTERRUPTIONS and not (code in _RESETS and not reason_of(error)):
+                    raise
+                self._check_reachable()
+            if self._stopped:
+                continue
+            on_interruption()
+            if not backoff.wait(retry_after_s(error) if error else None):
+                if error is not None:
+                    raise error
+                raise CommandError(
+                    "the edge keeps ending the watch",
+                    "the job goes on: try `genmesh watch` again",
+                    code=ExitCode.UNAVAILABLE,
+                )
+
+    def stop(self) -> None:
+        """Make the watch that runs, in another thread, raise KeyboardInterrupt."""
+        self._stopped = True
+        if self._watching is not None:
+            self._watching.cancel()
+
+    def _check_reachable(self) -> None:
+        """Nothing ever answered and nothing listens: do not keep the user waiting for retries."""
+        if not self._reached and not self.address.listening():
+            raise CommandError(
+                f"nothing answers at {self.url}",
+                "start genmesh with `genmesh up`, or name a running one with --edge or GENMESH_EDGE_URL",
+                code=ExitCode.UNAVAILABLE,
+            )
+
+
+def paged(fetch: Callable[[int, str], tuple[Iterable[Item], str]], limit: int) -> Iterator[Item]:
+    """The first `limit` items of a list that comes in pages; `fetch(page_size, page_token)` → items, next token."""
+    token = ""
+    while limit > 0:
+        items, token = fetch(min(limit, PAGE_SIZE_MAX), token)
+        for item in islice(items, limit):
+            limit -= 1
+            yield item
+        if not token:
+            return
+
+
+def _ended(response: jobs_pb2.WatchJobsResponse) -> list[str]:
+    if response.HasField("snapshot") and response.snapshot.state in TERMINAL:
+        return [response.snapshot.job_id]
+    if response.event.HasField("state_change") and response.event.state_change.state in TERMINAL:
+        return [response.event.job_id]
+    return []
+
+
+def _authorization(session: Session | None) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {session.access_token}"),) if session else ()
+
+
+def _channel(address: EdgeAddress, ca_file: Path | None) -> grpc.Channel:
+    options: list[tuple[str, str | int]] = [
+        ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.max_reconnect_backoff_ms", 3_000),
+    ]
+    if address.loopback:
+        options.append(("grpc.enable_http_proxy", 0))
+    if not address.tls:
+        return grpc.insecure_channel(address.target, options=options)
+    try:
+        roots = ca_file.read_bytes() if ca_file else _system_roots()
+    except OSError as error:
+        raise usage(f"the CA certificate cannot be read: {error.strerror}: {ca_file}", "set GENMESH_EDGE_CA_FILE") from error
+    return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(roots), options=options)
+
+
+def _system_roots() -> bytes | None:
+    """The system's CA bundle; gRPC alone would use only the one it brings along."""
+    bundle = ssl.get_default_verify_paths().cafile
+    return Path(bundle).read_bytes() if bundle else None

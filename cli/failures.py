@@ -1,0 +1,200 @@
+"""What can go wrong for a user of the command line: exit codes, and every error as what happened and what to do next.
+
+`Commands` is the root group of the application; it is the only place where an exception becomes an exit code.
+"""
+
+import errno
+import os
+import sys
+from enum import IntEnum
+from typing import Any
+from unicodedata import category
+
+import grpc
+import typer
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from genmesh.errors.v1 import errors_pb2
+
+DOMAIN = "genmesh"
+_UNSAFE = frozenset({"Cc", "Cs"})  # control characters, lone surrogates; emoji need the format characters (Cf)
+
+
+class ExitCode(IntEnum):
+    """What the process says to a script."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNAVAILABLE = 3
+    DENIED = 4
+    NOT_FOUND = 5
+    CREDITS = 6
+    CANCELLED = 7
+    INTERRUPTED = 130
+
+
+EXIT_CODES = (
+    "Exit codes: 0 done · 1 the job or the command failed · 2 wrong usage or bad input · 3 not running or unavailable · "
+    "4 not signed in or not allowed · 5 not found · 6 not enough credits · 7 the job was cancelled · 78 wrong setting · 130 interrupted."
+)
+
+_EXIT_OF_CODE = {
+    grpc.StatusCode.INVALID_ARGUMENT: ExitCode.USAGE,
+    grpc.StatusCode.OUT_OF_RANGE: ExitCode.USAGE,
+    grpc.StatusCode.UNAVAILABLE: ExitCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ExitCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ExitCode.UNAVAILABLE,
+    grpc.StatusCode.UNAUTHENTICATED: ExitCode.DENIED,
+    grpc.StatusCode.PERMISSION_DENIED: ExitCode.DENIED,
+    grpc.StatusCode.NOT_FOUND: ExitCode.NOT_FOUND,
+}
+
+_ADVICE_OF_CODE = {
+    grpc.StatusCode.UNAVAILABLE: "try again in a moment; `genmesh status` shows what runs",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "try again in a moment; `genmesh status` shows what runs",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "a limit was reached: try again in a moment",
+    grpc.StatusCode.UNAUTHENTICATED: "sign in with `genmesh login`",
+    grpc.StatusCode.PERMISSION_DENIED: "sign in with an account that may do this: `genmesh login`",
+    grpc.StatusCode.NOT_FOUND: "`genmesh jobs list` shows your jobs; what belongs to others cannot be seen",
+    grpc.StatusCode.INVALID_ARGUMENT: "mend the input and run it again; `--help` and `genmesh models` list what is accepted",
+    grpc.StatusCode.UNIMPLEMENTED: "the edge does not offer this: check that `--edge` points to a genmesh of this version",
+}
+
+_ADVICE_OF_REASON = {
+    "ERROR_REASON_INSUFFICIENT_CREDITS": "see `genmesh credits`; an administrator adds some with `genmesh admin grant`",
+    "ERROR_REASON_BAD_CREDENTIALS": "check e-mail and password, or make an account with `genmesh register`",
+    "ERROR_REASON_ACCOUNT_DISABLED": "ask an administrator to enable the account",
+    "ERROR_REASON_EMAIL_TAKEN": "sign in with `genmesh login`, or register another address",
+    "ERROR_REASON_MODEL_UNKNOWN": "`genmesh models` lists what there is",
+    "ERROR_REASON_JOB_TERMINAL": "nothing is left to do: `genmesh jobs show JOB` tells how it ended",
+    "ERROR_REASON_LIMIT_REACHED": "a limit was reached: wait for your other jobs, or try again in a moment",
+    "ERROR_REASON_INTERNAL": "try again; if it stays, give the error id to whoever runs this genmesh",
+}
+
+
+class CommandError(Exception):
+    """An end that the user is told about: one line what happened, one line what to do next, an exit code."""
+
+    def __init__(self, message: str, advice: str = "", *, code: ExitCode = ExitCode.FAILED, notes: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.advice = advice
+        self.code = code
+        self.notes = notes
+
+    def show(self) -> None:
+        """Write it to stderr."""
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("error: ", "bold red"), printable(self.message)))
+        for note in self.notes:
+            console.print(Text(f"  - {printable(note)}"))
+        if self.advice:
+            console.print(Text.assemble(("next:  ", "bold"), printable(self.advice)))
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere on one line and without control characters, which could rewrite the reader's terminal."""
+    return "".join(" " if character.isspace() else "\ufffd" if category(character) in _UNSAFE else character for character in text)
+
+
+def status_of(error: grpc.RpcError) -> status_pb2.Status | None:
+    """The google.rpc.Status that a refusal carries, or None."""
+    try:
+        return rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
+    except (ValueError, DecodeError):  # it contradicts the plain status, or is none
+        return None
+
+
+def reason_in(status: status_pb2.Status | None) -> tuple[str, dict[str, str]]:
+    """Reason (a name of ErrorReason, or empty) and metadata of a google.rpc.Status."""
+    for detail in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            return info.reason, dict(info.metadata)
+    return "", {}
+
+
+def reason_of(error: grpc.RpcError) -> str:
+    """Name of the ErrorReason of a refusal; empty when it carries none (what Envoy or the network says)."""
+    return reason_in(status_of(error))[0]
+
+
+def retry_after_s(error: grpc.RpcError) -> float | None:
+    """How long the server asked to wait, or None."""
+    status = status_of(error)
+    for detail in status.details if status else ():
+        info = error_details_pb2.RetryInfo()
+        if detail.Unpack(info):
+            return info.retry_delay.ToMilliseconds() / 1000
+    return None
+
+
+def code_of(error: grpc.RpcError) -> grpc.StatusCode:
+    """Status code of a failed call."""
+    return error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+
+
+def failure_of(error: grpc.RpcError) -> CommandError:
+    """A failed call, told to the user."""
+    code = code_of(error)
+    status = status_of(error)
+    reason, metadata = reason_in(status)
+    message = (status.message if status else "") or (error.details() if isinstance(error, grpc.Call) else "") or code.name
+    notes: list[str] = []
+    for detail in status.details if status else ():
+        bad_request = error_details_pb2.BadRequest()
+        if detail.Unpack(bad_request):
+            notes += [f"{violation.field}: {violation.description}" for violation in bad_request.field_violations]
+    if error_id := metadata.get("error_id"):
+        notes.append(f"error id {error_id}")
+    if notes and len(notes) == 1 and notes[0] == message:
+        notes = []
+    exit_code = _EXIT_OF_CODE.get(code, ExitCode.FAILED)
+    if reason == errors_pb2.ErrorReason.Name(errors_pb2.ERROR_REASON_INSUFFICIENT_CREDITS):
+        exit_code = ExitCode.CREDITS
+    if code is grpc.StatusCode.UNAVAILABLE and not reason:
+        message = f"the edge cannot serve this right now ({message})"
+    advice = _ADVICE_OF_REASON.get(reason) or _ADVICE_OF_CODE.get(code, "")
+    return CommandError(message, advice, code=exit_code, notes=tuple(notes))
+
+
+def usage(message: str, advice: str = "see `--help`") -> CommandError:
+    """Bad input that never reached the server."""
+    return CommandError(message, advice, code=ExitCode.USAGE)
+
+
+class Commands(TyperGroup):
+    """Root group: ends every command with an exit code of `ExitCode` and never with a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that `ctx` names."""
+        try:
+            return super().invoke(ctx)
+        except CommandError as failure:
+            failure.show()
+            raise typer.Exit(failure.code) from failure
+        except grpc.RpcError as error:
+            failure = failure_of(error)
+            failure.show()
+            raise typer.Exit(failure.code) from error
+        except KeyboardInterrupt as error:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(ExitCode.INTERRUPTED) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone: Typer ends quietly
+                raise
+            CommandError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}").show()
+            raise typer.Exit(ExitCode.FAILED) from error
+        except (typer.Exit, typer.Abort, typer.TyperException, EOFError):  # Typer's own ways to end
+            raise
+        except Exception as error:
+            if os.environ.get("GENMESH_LOG_LEVEL") == "debug":
+                raise
+            CommandError(f"unexpected: {error!r}", "run it again with GENMESH_LOG_LEVEL=debug for the traceback, and report it").show()
+            raise typer.Exit(ExitCode.FAILED) from error

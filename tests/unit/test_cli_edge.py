@@ -1,0 +1,637 @@
+"""The command line against a real gRPC server in this process: logins, retries, watches, downloads, exit codes."""
+
+# ruff: noqa: N802  # RPC methods are named by the proto
+
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+from grpc_status import rpc_status
+from typer.testing import CliRunner, Result
+
+from cli.client import Edge
+from cli.failures import CommandError, ExitCode
+from cli.main import app
+from cli.session import Session, SessionFile, SessionMemory
+from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
+from genmesh.errors.v1 import errors_pb2
+from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
+from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
+from servicekit.errors import MeshError, invalid, not_found, permission_denied, precondition, unauthenticated, unavailable
+
+JOB_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
+USER_ID = "01890a5d-ac96-774b-bcce-b302099a8058"
+EMAIL = "ann@example.com"
+PASSWORD = "correct horse battery"
+PICTURE = b"\x89PNG not really, but bytes are bytes" * 1000
+WAIT_S = 60  # the longest that a test waits for a signal; it takes a moment on an idle machine
+
+Reason = errors_pb2.ErrorReason
+Step = jobs_pb2.WatchJobsResponse | MeshError
+
+
+class FakeEdge(
+    identity_pb2_grpc.IdentityServiceServicer,
+    identity_pb2_grpc.IdentityAdminServiceServicer,
+    jobs_pb2_grpc.JobsServiceServicer,
+    credits_pb2_grpc.CreditsServiceServicer,
+    credits_pb2_grpc.LedgerAdminServiceServicer,
+):
+    """Sessions as the gateway keeps them (a refresh token used twice ends the session); jobs follow a script."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.tokens = 0
+        self.valid: set[str] = set()
+        self.refresh_token = ""
+        self.refreshes = 0
+        self.token_life_s = 900.0
+        self.job = jobs_pb2.Job(job_id=JOB_ID, state=jobs_pb2.STATE_PENDING, estimated_cost_millicredits=20)
+        self.job.spec.image.prompt = "a tiger face"
+        self.refusals: deque[MeshError] = deque()
+        self.created: list[jobs_pb2.CreateJobRequest] = []
+        self.granted: list[credits_pb2.GrantCreditsRequest] = []
+        self.connections: deque[list[Step]] = deque()
+        self.watched: list[jobs_pb2.WatchJobsRequest] = []
+        self.watching = threading.Event()
+        self.cancelled = threading.Event()
+        self.cancel_asked = threading.Event()
+        self.stubborn = False
+        self.url = ""
+
+    # Identity
+
+    def _issue(self) -> dict[str, Any]:
+        self.tokens += 1
+        access, self.refresh_token = f"access-{self.tokens}", f"refresh-{self.tokens}"
+        self.valid.add(access)
+        user = identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE)
+        fields: dict[str, Any] = {"access_token": access, "refresh_token": self.refresh_token, "user": user}
+        return fields
+
+    def _check(self, context: grpc.ServicerContext) -> None:
+        given = dict(context.invocation_metadata()).get("authorization", "")
+        if str(given).removeprefix("Bearer ") not in self.valid:
+            refuse(context, unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token has expired"))
+
+    def SignIn(self, request: identity_pb2.SignInRequest, context: grpc.ServicerContext) -> identity_pb2.SignInResponse:
+        with self.lock:
+            if (request.password.email, request.password.password) != (EMAIL, PASSWORD):
+                refuse(context, unauthenticated(Reason.ERROR_REASON_BAD_CREDENTIALS, "e-mail or password is wrong"))
+            response = identity_pb2.SignInResponse(**self._issue())
+        response.expire_time.FromNanoseconds(int((time.time() + self.token_life_s) * 1e9))
+        return response
+
+    def RefreshSession(
+        self, request: identity_pb2.RefreshSessionRequest, context: grpc.ServicerContext
+    ) -> identity_pb2.RefreshSessionResponse:
+        with self.lock:
+            self.refreshes += 1
+            if request.refresh_token != self.refresh_token:
+                self.valid.clear()
+                self.refresh_token = ""
+                refuse(context, unauthenticated(Reason.ERROR_REASON_REFRESH_TOKEN_INVALID, "sign in again"))
+            response = identity_pb2.RefreshSessionResponse(**self._issue())
+        response.expire_time.FromNanoseconds(int((time.time() + 900) * 1e9))
+        return response
+
+    def SignOut(self, request: identity_pb2.SignOutRequest, context: grpc.ServicerContext) -> identity_pb2.SignOutResponse:
+        self._check(context)
+        self.refresh_token = ""
+        return identity_pb2.SignOutResponse()
+
+    def GetMe(self, request: identity_pb2.GetMeRequest, context: grpc.ServicerContext) -> identity_pb2.GetMeResponse:
+        self._check(context)
+        return identity_pb2.GetMeResponse(user=identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE))
+
+    def ListUsers(self, request: identity_pb2.ListUsersRequest, context: grpc.ServicerContext) -> identity_pb2.ListUsersResponse:
+        self._check(context)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        users = [identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE)]
+        return identity_pb2.ListUsersResponse(users=[user for user in users if request.email.lower() in {"", user.email}])
+
+    # Credits
+
+    def GetBalance(self, request: credits_pb2.GetBalanceRequest, context: grpc.ServicerContext) -> credits_pb2.GetBalanceResponse:
+        self._check(context)
+        return credits_pb2.GetBalanceResponse(available_millicredits=980, reserved_millicredits=20)
+
+    def GrantCredits(self, request: credits_pb2.GrantCreditsRequest, context: grpc.ServicerContext) -> credits_pb2.GrantCreditsResponse:
+        self._check(context)
+        self.granted.append(request)
+        return credits_pb2.GrantCreditsResponse(available_millicredits=request.amount_millicredits)
+
+    # Jobs
+
+    def CreateJob(self, request: jobs_pb2.CreateJobRequest, context: grpc.ServicerContext) -> jobs_pb2.CreateJobResponse:
+        self._check(context)
+        self.created.append(request)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        return jobs_pb2.CreateJobResponse(job=self.job)
+
+    def GetJob(self, request: jobs_pb2.GetJobRequest, context: grpc.ServicerContext) -> jobs_pb2.GetJobResponse:
+        self._check(context)
+        if request.job_id != JOB_ID:
+            refuse(context, not_found("job"))
+        return jobs_pb2.GetJobResponse(job=self.job)
+
+    def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: grpc.ServicerContext) -> jobs_pb2.ListJobsResponse:
+        self._check(context)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        # 450 jobs; the token is the number of the first job of the page.
+        first = int(request.page_token or 0)
+        last = min(first + min(request.page_size or 50, 200), 450)
+        found = [jobs_pb2.Job(job_id=str(number), state=jobs_pb2.STATE_COMPLETED) for number in range(first, last)]
+        return jobs_pb2.ListJobsResponse(jobs=found, next_page_token=str(last) if last < 450 else "")
+
+    def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: grpc.ServicerContext) -> jobs_pb2.CancelJobResponse:
+        self._check(context)
+        self.cancel_asked.set()
+        if self.stubborn:
+            return jobs_pb2.CancelJobResponse(job=self.job)
+        self.job.state = jobs_pb2.STATE_CANCELLED
+        self.job.cost_millicredits = 7
+        self.cancelled.set()
+        return jobs_pb2.CancelJobResponse(job=self.job)
+
+    def WatchJobs(self, request: jobs_pb2.WatchJobsRequest, context: grpc.ServicerContext) -> Iterator[jobs_pb2.WatchJobsResponse]:
+        self._check(context)
+        self.watched.append(request)
+        if not self.connections:  # nothing scripted: a job that runs until it is cancelled
+            yield jobs_pb2.WatchJobsResponse(snapshot=self.job, resume_token="s")
+            self.watching.set()
+            assert self.cancelled.wait(WAIT_S)
+            yield event(9, state_change=jobs_pb2.StateChange(state=self.job.state, job=self.job))
+            return
+        for step in self.connections.popleft():
+            if isinstance(step, MeshError):
+                if step.reason == Reason.ERROR_REASON_TOKEN_EXPIRED:
+                    self.valid.clear()
+                refuse(context, step)
+            if step.event.HasField("state_change"):
+                self.job.CopyFrom(step.event.state_change.job)
+            yield step
+
+
+def refuse(context: grpc.ServicerContext, error: MeshError) -> NoReturn:
+    context.abort_with_status(rpc_status.to_status(error.to_status()))
+    raise AssertionError  # the line above raises
+
+
+def event(sequence: int, **payload: Any) -> jobs_pb2.WatchJobsResponse:
+    return jobs_pb2.WatchJobsResponse(
+        event=jobs_pb2.JobEvent(job_id=JOB_ID, sequence=sequence, attempt=1, **payload), resume_token=f"t{sequence}"
+    )
+
+
+def progress(sequence: int, step: int) -> jobs_pb2.WatchJobsResponse:
+    return event(sequence, progress=jobs_pb2.Progress(percent=step * 5, step=step, step_count=20, stage=jobs_pb2.STAGE_DENOISING))
+
+
+def ended(sequence: int, state: "jobs_pb2.State.ValueType", *assets: jobs_pb2.Asset, cost: int = 20) -> jobs_pb2.WatchJobsResponse:
+    job = jobs_pb2.Job(job_id=JOB_ID, state=state, assets=assets, cost_millicredits=cost)
+    job.spec.image.prompt = "a tiger face"
+    return event(sequence, state_change=jobs_pb2.StateChange(state=state, job=job))
+
+
+@pytest.fixture
+def fake() -> Generator[FakeEdge]:
+    edge = FakeEdge()  # pyright: ignore[reportAbstractUsage]  # what it lacks answers UNIMPLEMENTED
+    with ThreadPoolExecutor(16) as pool:
+        server = grpc.server(pool)
+        identity_pb2_grpc.add_IdentityServiceServicer_to_server(edge, server)
+        identity_pb2_grpc.add_IdentityAdminServiceServicer_to_server(edge, server)
+        jobs_pb2_grpc.add_JobsServiceServicer_to_server(edge, server)
+        credits_pb2_grpc.add_CreditsServiceServicer_to_server(edge, server)
+        credits_pb2_grpc.add_LedgerAdminServiceServicer_to_server(edge, server)
+        edge.url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            yield edge
+        finally:
+            edge.cancelled.set()  # lets a handler that still waits go
+            server.stop(None).wait()
+
+
+@pytest.fixture
+def session_path(tmp_path: Path) -> Path:
+    return tmp_path / "config" / "session.json"
+
+
+@pytest.fixture
+def environment(fake: FakeEdge, session_path: Path) -> dict[str, str | None]:
+    ours: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GENMESH_")}
+    return ours | {"GENMESH_EDGE_URL": fake.url, "GENMESH_SESSION_FILE": str(session_path)}
+
+
+@pytest.fixture
+def genmesh(environment: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, stdin: str = "", **more: str) -> Result:
+        return CliRunner().invoke(app, arguments, input=stdin, env=environment | more)
+
+    return run
+
+
+@pytest.fixture
+def signed_in(genmesh: Callable[..., Result]) -> Callable[..., Result]:
+    result = genmesh("login", "--email", EMAIL, "--password-stdin", stdin=f"{PASSWORD}\n")
+    assert result.exit_code == 0, result.output
+    return genmesh
+
+
+class Store(BaseHTTPRequestHandler):
+    """Serves PICTURE at /whole, half of it at /half."""
+
+    def do_GET(self) -> None:
+        body = PICTURE if self.path == "/whole" else PICTURE[: len(PICTURE) // 2]
+        self.send_response(200 if self.path in {"/whole", "/half"} else 403)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def store_url() -> Generator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Store)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def asset(url: str, content: bytes = PICTURE) -> jobs_pb2.Asset:
+    return jobs_pb2.Asset(
+        kind=jobs_pb2.Asset.KIND_IMAGE,
+        url=url,
+        content_type="image/png",
+        size_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+# Login
+
+
+def test_login_is_stored_for_its_owner_only_and_used(signed_in: Callable[..., Result], session_path: Path) -> None:
+    assert stat.S_IMODE(session_path.stat().st_mode) == 0o600
+    assert PASSWORD not in session_path.read_text()
+    assert json.loads(signed_in("whoami", "--json").stdout)["email"] == EMAIL
+
+
+def test_wrong_password_stores_nothing(genmesh: Callable[..., Result], session_path: Path) -> None:
+    result = genmesh("login", "--email", EMAIL, "--password-stdin", stdin="wrong\n")
+    assert result.exit_code == ExitCode.DENIED
+    assert "genmesh register" in result.stderr
+    assert not session_path.exists()
+
+
+def test_logout_ends_the_session(signed_in: Callable[..., Result], fake: FakeEdge, session_path: Path) -> None:
+    assert signed_in("logout").exit_code == 0
+    assert fake.refresh_token == ""
+    assert not session_path.exists()
+    result = signed_in("whoami")
+    assert (result.exit_code, "genmesh login" in result.stderr) == (ExitCode.DENIED, True)
+
+
+def test_environment_signs_in_without_storing(genmesh: Callable[..., Result], session_path: Path) -> None:
+    result = genmesh("whoami", "--json", GENMESH_EMAIL=EMAIL, GENMESH_PASSWORD=PASSWORD)
+    assert result.exit_code == 0, result.output
+    assert not session_path.exists()
+
+
+def test_tokens_never_go_to_another_edge(signed_in: Callable[..., Result], session_path: Path) -> None:
+    stored = SessionFile(session_path)
+    session = stored.load()
+    assert session is not None
+    elsewhere = Session("http://127.0.0.1:1", session.user_id, session.email, "secret", "secret", session.expire_time)
+    stored.save(elsewhere)
+    result = signed_in("whoami")
+    assert result.exit_code == ExitCode.DENIED
+    assert "signed in at http://127.0.0.1:1" in result.stderr
+    assert stored.load() == elsewhere
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"edge": 1}', "\x00"])
+def test_a_damaged_session_file_means_signed_out(genmesh: Callable[..., Result], session_path: Path, content: str) -> None:
+    session_path.parent.mkdir()
+    session_path.write_text(content)
+    assert genmesh("whoami").exit_code == ExitCode.DENIED
+
+
+def test_a_failed_save_leaves_the_login(session_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = SessionFile(session_path)
+    session = Session("http://x:1", USER_ID, EMAIL, "a", "r", 1.5)
+    file.save(session)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        file.save(Session("http://x:1", USER_ID, EMAIL, "b", "s", 2.5))
+    assert file.load() == session
+    assert [path.name for path in session_path.parent.iterdir()] == ["session.json"]
+
+
+def test_commands_at_once_refresh_once(fake: FakeEdge, genmesh: Callable[..., Result], environment: dict[str, str | None]) -> None:
+    fake.token_life_s = 1.0  # about to expire: every command wants to refresh
+    login = genmesh("login", "--email", EMAIL, "--password-stdin", stdin=PASSWORD)
+    assert login.exit_code == 0, login.output
+    fake.refreshes = 0
+    with ExitStack() as processes:
+        running = [processes.enter_context(spawned(environment, "whoami", "--json")) for _ in range(3)]
+        outputs = [process.communicate(timeout=WAIT_S) for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], outputs
+    assert fake.refreshes <= 1  # `login` itself may have refreshed already
+    assert fake.valid
+
+
+def test_an_ended_session_says_so_and_is_forgotten(signed_in: Callable[..., Result], fake: FakeEdge, session_path: Path) -> None:
+    fake.valid.clear()
+    fake.refresh_token = "another"
+    result = signed_in("whoami")
+    assert result.exit_code == ExitCode.DENIED
+    assert "your session has ended" in result.stderr
+    assert not session_path.exists()
+
+
+# Refusals and exit codes
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "says"),
+    [
+        (invalid("spec.image.steps", "must be at most 50"), ExitCode.USAGE, "must be at most 50"),
+        (precondition(Reason.ERROR_REASON_INSUFFICIENT_CREDITS, "20 needed, 0 there"), ExitCode.CREDITS, "genmesh credits"),
+        (permission_denied("only administrators"), ExitCode.DENIED, "only administrators"),
+        (not_found("job"), ExitCode.NOT_FOUND, "genmesh jobs list"),
+        (
+            MeshError(grpc.StatusCode.INTERNAL, Reason.ERROR_REASON_INTERNAL, "internal error", metadata={"error_id": "e17"}),
+            ExitCode.FAILED,
+            "e17",
+        ),
+        (
+            MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED, "too many"),
+            ExitCode.UNAVAILABLE,
+            "try again",
+        ),
+        (
+            MeshError(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                Reason.ERROR_REASON_INVALID_ARGUMENT,
+                "two fields\x1b[2J",
+                violations=[("a", "is bad"), ("b", "is worse")],
+            ),
+            ExitCode.USAGE,
+            "b: is worse",
+        ),
+    ],
+)
+def test_refusals_have_an_exit_code_and_advice(
+    signed_in: Callable[..., Result], fake: FakeEdge, refusal: MeshError, code: ExitCode, says: str
+) -> None:
+    fake.refusals.append(refusal)
+    result = signed_in("jobs", "list")
+    assert result.exit_code == code
+    assert says in result.stderr
+    assert "Traceback" not in result.output
+    assert "\x1b" not in result.output
+    assert result.stdout == ""
+
+
+def test_no_edge_is_told_at_once(genmesh: Callable[..., Result]) -> None:
+    result = genmesh("login", "--email", EMAIL, "--password-stdin", "--edge", "http://127.0.0.1:1", stdin=PASSWORD)
+    assert result.exit_code == ExitCode.UNAVAILABLE
+    assert "genmesh up" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "image", "x", "--size", "big"],
+        ["generate", "image", "x", "--out", "no/such/directory/x.png"],
+        ["generate", "image", "x", "--seed", str(2**70)],
+        ["generate", "image", "\udc80"],
+        ["generate", "image", "x", "--steps", "0"],
+        ["admin", "grant", EMAIL, "minus one", "--reason", "x"],
+        ["admin", "grant", "nobody", "1", "--reason", "x"],
+        ["whoami", "--edge", "127.0.0.1:8080"],
+        ["jobs", "list", "--state", "lost"],
+    ],
+)
+def test_bad_input_is_usage_and_reaches_nobody(signed_in: Callable[..., Result], fake: FakeEdge, arguments: list[str]) -> None:
+    assert signed_in(*arguments).exit_code == ExitCode.USAGE
+    assert not fake.created
+    assert not fake.granted
+
+
+def test_an_unknown_job_is_not_found(signed_in: Callable[..., Result]) -> None:
+    assert signed_in("jobs", "show", USER_ID).exit_code == ExitCode.NOT_FOUND
+
+
+# Lists and money
+
+
+@pytest.mark.parametrize("limit", [1, 200, 201, 450, 1000])
+def test_lists_are_paged_up_to_the_limit(signed_in: Callable[..., Result], limit: int) -> None:
+    lines = signed_in("jobs", "list", "--json", "--limit", str(limit)).stdout.splitlines()
+    assert [json.loads(line)["jobId"] for line in lines] == [str(number) for number in range(min(limit, 450))]
+
+
+def test_grant_finds_the_account_by_address(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    assert signed_in("admin", "grant", EMAIL.upper(), "2.5", "--reason", "trial").exit_code == 0
+    assert [(grant.user_id, grant.amount_millicredits, grant.reason) for grant in fake.granted] == [(USER_ID, 2500, "trial")]
+    assert signed_in("admin", "grant", "no@example.com", "1", "--reason", "x").exit_code == ExitCode.NOT_FOUND
+
+
+# The whole way of a job
+
+
+def test_a_picture_is_made_followed_and_saved(signed_in: Callable[..., Result], fake: FakeEdge, store_url: str, tmp_path: Path) -> None:
+    done = ended(5, jobs_pb2.STATE_COMPLETED, asset(f"{store_url}/whole"))
+    snapshot = jobs_pb2.WatchJobsResponse(snapshot=fake.job, resume_token="t0")
+    fake.connections.append([snapshot, progress(1, 2), progress(2, 10), progress(3, 20), done])
+    result = signed_in("generate", "image", "a tiger face", "--size", "64x64", "--steps", "20", "--seed", "7")
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "a-tiger-face-099a8057.png"
+    assert result.stdout.splitlines() == ["charged 0.02 credits, 0.98 credits left", f"saved {path.name}"]
+    assert path.read_bytes() == PICTURE
+    assert "step 10/20, 50 %" in result.stderr
+    image = fake.created[0].spec.image
+    assert (image.width, image.height, image.steps, image.seed) == (64, 64, 20, 7)
+    assert [item.name for item in tmp_path.iterdir() if item.suffix in {".png", ".part"}] == [path.name]
+
+
+def test_submitting_is_repeated_with_the_same_id(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    fake.refusals.extend([unavailable("restarting", 0.01), unavailable("restarting", 0.01)])
+    result = signed_in("generate", "image", "x", "--no-wait")
+    assert (result.exit_code, result.stdout) == (0, f"{JOB_ID}\n")
+    assert len(fake.created) == 3
+    assert len({request.request_id for request in fake.created}) == 1
+
+
+def test_json_is_one_object_a_line_and_ends_with_the_files(
+    signed_in: Callable[..., Result], fake: FakeEdge, store_url: str, tmp_path: Path
+) -> None:
+    fake.connections.append([progress(1, 2), ended(2, jobs_pb2.STATE_COMPLETED, asset(f"{store_url}/whole"), asset(f"{store_url}/whole"))])
+    result = signed_in("generate", "image", "x", "--json", "--out", str(tmp_path / "cat.webp"))
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [next(iter(line)) for line in lines] == ["event", "event", "job"]
+    assert lines[-1]["files"] == [str(tmp_path / "cat-1.webp"), str(tmp_path / "cat-2.webp")]
+    assert lines[-1]["availableMillicredits"] == "980"
+    assert fake.created[0].spec.image.format == jobs_pb2.IMAGE_FORMAT_WEBP
+
+
+def test_a_damaged_download_leaves_no_file(signed_in: Callable[..., Result], fake: FakeEdge, store_url: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    out.write_text("what was there")
+    for damaged in (
+        asset(f"{store_url}/half"),
+        asset(f"{store_url}/whole", PICTURE[:-1] + b"?"),
+        asset(f"{store_url}/gone"),
+        asset("file:///x"),
+    ):
+        fake.connections.append([ended(1, jobs_pb2.STATE_COMPLETED, damaged)])
+        fake.job.state = jobs_pb2.STATE_PENDING
+        result = signed_in("generate", "image", "x", "--out", str(out))
+        assert result.exit_code == ExitCode.UNAVAILABLE
+        assert f"genmesh jobs download {JOB_ID}" in result.stderr
+        assert store_url not in result.output
+    assert out.read_text() == "what was there"
+    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize(("state", "code"), [(jobs_pb2.STATE_FAILED, ExitCode.FAILED), (jobs_pb2.STATE_CANCELLED, ExitCode.CANCELLED)])
+def test_how_a_job_ends_is_the_exit_code(
+    signed_in: Callable[..., Result], fake: FakeEdge, state: "jobs_pb2.State.ValueType", code: ExitCode
+) -> None:
+    fake.connections.append([ended(1, state, cost=0)])
+    result = signed_in("generate", "image", "x")
+    assert result.exit_code == code
+    assert "nothing was charged" in result.stderr
+    fake.connections.append([ended(1, state, cost=0)])
+    assert signed_in("watch", JOB_ID).exit_code == code
+
+
+@contextmanager
+def spawned(environment: dict[str, str | None], *arguments: str) -> Generator[subprocess.Popen[str]]:
+    kept = {name: value for name, value in (os.environ | environment).items() if value is not None}
+    command = [sys.executable, "-c", "from cli.main import app; app()", *arguments]
+    with subprocess.Popen(command, env=kept, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_cancels_and_says_what_it_cost(signed_in: Callable[..., Result], fake: FakeEdge, environment: dict[str, str | None]) -> None:
+    with spawned(environment, "generate", "image", "x") as process:
+        assert fake.watching.wait(WAIT_S)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT_S)
+    assert fake.cancelled.is_set()
+    assert process.returncode == ExitCode.CANCELLED, errors
+    assert "the job was cancelled, charged 0.007 credits" in errors
+
+
+def test_ctrl_c_while_watching_leaves_the_job_alone(
+    signed_in: Callable[..., Result], fake: FakeEdge, environment: dict[str, str | None]
+) -> None:
+    with spawned(environment, "watch", JOB_ID) as process:
+        assert fake.watching.wait(WAIT_S)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == ExitCode.INTERRUPTED, errors
+    assert "the jobs go on" in errors
+    assert "Traceback" not in errors
+    assert not fake.cancelled.is_set()
+
+
+def test_a_second_ctrl_c_leaves_a_job_that_does_not_stop(
+    signed_in: Callable[..., Result], fake: FakeEdge, environment: dict[str, str | None]
+) -> None:
+    fake.stubborn = True
+    with spawned(environment, "generate", "image", "x") as process:
+        assert fake.watching.wait(WAIT_S)
+        process.send_signal(signal.SIGINT)
+        assert fake.cancel_asked.wait(WAIT_S)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=WAIT_S)
+    assert process.returncode == ExitCode.INTERRUPTED, errors
+    assert f"genmesh jobs show {JOB_ID}" in errors
+
+
+# Watches that break
+
+
+@pytest.fixture
+def edge(fake: FakeEdge) -> Generator[Edge]:
+    with Edge(fake.url, store=SessionMemory(), credentials=(EMAIL, PASSWORD), sleep=lambda _: None) as client:
+        yield client
+
+
+def test_a_watch_resumes_where_it_broke_and_repeats_nothing(fake: FakeEdge, edge: Edge) -> None:
+    fake.connections.extend(
+        [
+            [jobs_pb2.WatchJobsResponse(snapshot=fake.job, resume_token="t0"), progress(1, 1), unavailable("draining", 0.01)],
+            [progress(1, 1), progress(2, 2)],  # ends well, but the job has not: the server drains
+            [unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token has expired")],
+            [progress(3, 3), ended(4, jobs_pb2.STATE_COMPLETED)],
+        ]
+    )
+    interruptions: list[str] = []
+    seen = list(edge.watch([JOB_ID], on_interruption=lambda: interruptions.append("x")))
+    assert [response.event.sequence for response in seen] == [0, 1, 2, 3, 4]
+    assert [request.resume_token for request in fake.watched] == ["", "t1", "t2", "t2"]
+    assert len(interruptions) == 2
+    assert fake.refreshes == 1
+
+
+def test_a_watch_that_is_refused_ends(fake: FakeEdge, edge: Edge) -> None:
+    fake.connections.append([not_found("job")])
+    with pytest.raises(grpc.RpcError) as raised:
+        list(edge.watch([JOB_ID]))
+    assert isinstance(raised.value, grpc.Call)
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+    assert len(fake.watched) == 1
+
+
+def test_reconnecting_is_bounded(fake: FakeEdge, edge: Edge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.client.RECONNECT_WINDOW_S", 5.0)
+    fake.connections.extend([[unavailable("down", 2.0)] for _ in range(100)])
+    now = [0.0]
+    monkeypatch.setattr("cli.client.time.monotonic", lambda: now[0])
+    edge._sleep = lambda seconds: now.__setitem__(0, now[0] + seconds)  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(grpc.RpcError):
+        list(edge.watch([JOB_ID]))
+    assert len(fake.watched) == 3
+
+
+def test_an_edge_that_was_never_there_is_told_at_once() -> None:
+    with Edge("http://127.0.0.1:1", store=SessionMemory(), credentials=(EMAIL, PASSWORD)) as client, pytest.raises(CommandError) as raised:
+        list(client.watch())
+    assert raised.value.code == ExitCode.UNAVAILABLE
