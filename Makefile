@@ -24,7 +24,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@echo "[2/4] torch (the largest download)"
 	@$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
 	@echo "[3/4] dependencies"
-	@$(BIN)/uv pip install --python $(BIN)/python --no-deps -r requirements.txt
+	@$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python --no-deps -r requirements.txt
 	@echo "[4/4] genmesh"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@

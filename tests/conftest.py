@@ -21,6 +21,8 @@ from cli.stack.supervisor import Supervisor
 
 LEASE_SECONDS = 2
 """Short, so that tests of lost workers are quick; long enough for a busy machine."""
+CHECKPOINT_INTERVAL_S = 0.5
+"""Short, so that a watcher hears at once that there is nothing to hear."""
 
 
 class PostgresServer:
@@ -120,5 +122,6 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def stack(data_dir: Path) -> AsyncIterator[Stack]:
     """The whole embedded stack through Envoy, on ports that are free."""
     settings = StackSettings(state_dir=data_dir / "stack", edge_port=0, edge_tls_port=0)
-    async with Stack(settings, environment={"GENMESH_LEASE_SECONDS": str(LEASE_SECONDS)}).running() as running:
+    environment = {"GENMESH_LEASE_SECONDS": str(LEASE_SECONDS), "GENMESH_CHECKPOINT_INTERVAL_S": str(CHECKPOINT_INTERVAL_S)}
+    async with Stack(settings, environment=environment).running() as running:
         yield running

@@ -1,0 +1,77 @@
+"""Wiring of inference_service: opens resources, registers servicers, runs until told to stop."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
+from inference_service.catalogue import Catalogue
+from inference_service.generation import Generation
+from inference_service.messages import Options
+from inference_service.model_host import ModelHost
+from inference_service.servicer import InferenceServicer, ModelCatalogServicer
+from inference_service.settings import InferenceSettings
+from servicekit import objects, telemetry
+from servicekit.identity import KeySource, RemoteKeys, TokenVerifier
+from servicekit.objects import ObjectStore
+from servicekit.process import until_stopped
+from servicekit.server import MeshServer
+from servicekit.tls import TlsFiles
+
+SERVICE = "inference_service"
+SERVED = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Dependencies:
+    """What the server needs that is opened outside of it."""
+
+    catalogue: Catalogue
+    host: ModelHost
+    store: ObjectStore
+    keys: KeySource
+
+
+def build_host(settings: InferenceSettings, catalogue: Catalogue) -> ModelHost:
+    """The model host as the settings want it; not started."""
+    options = Options(
+        device=settings.device,
+        threads=settings.torch_threads,
+        max_loaded=settings.max_loaded_models,
+        memory_bytes=settings.model_memory_bytes,
+    )
+    return ModelHost(
+        catalogue,
+        options,
+        max_waiting=settings.max_waiting,
+        load_timeout_s=settings.load_timeout_s,
+        cancel_timeout_s=settings.cancel_timeout_s,
+    )
+
+
+def build_server(settings: InferenceSettings, deps: Dependencies) -> MeshServer:
+    """The server with its servicers; not started."""
+    server = MeshServer(
+        settings,
+        service=SERVICE,
+        verifier=TokenVerifier(deps.keys, issuer=settings.token_issuer, audience=settings.token_audience),
+        checks={"models": deps.host.check, "store": deps.store.ping},
+        translate=objects.translate,
+    )
+    generation = Generation(deps.catalogue, deps.host, deps.store)
+    inference_pb2_grpc.add_ModelCatalogServiceServicer_to_server(ModelCatalogServicer(deps.catalogue, deps.host), server.grpc)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(deps.catalogue, deps.host, generation), server.grpc)
+    return server
+
+
+async def serve(settings: InferenceSettings, catalogue: Catalogue, stop: asyncio.Event) -> None:
+    """Serve until `stop`; running attempts then get `drain_s` to end before they are cancelled."""
+    async with AsyncExitStack() as stack:
+        stack.enter_context(telemetry.HttpServer(settings.metrics_address, {"/metrics": telemetry.metrics_page}))
+        store = stack.enter_context(ObjectStore(settings))
+        keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))
+        host = build_host(settings, catalogue)
+        server = build_server(settings, Dependencies(catalogue, host, store, keys))
+        await stack.enter_async_context(host.running(server.draining))
+        await stack.enter_async_context(server.running(*SERVED))
+        await until_stopped(stop, host.watch())
