@@ -6,6 +6,7 @@ yields into messages.
 
 import asyncio
 import hashlib
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -59,6 +60,8 @@ class Progress:
     step_count: int
     stage: Stage
     eta_seconds: float
+    event_time: float
+    """When it happened, Unix time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,25 +100,25 @@ class ProgressMeter:
 
     def begun(self) -> Progress:
         """The model starts."""
-        return self._progress(Stage.DENOISING, 0.0)
+        return self._progress(Stage.DENOISING, 0.0, time.time())
 
-    def stepped(self, step: int, seconds: float) -> Progress:
-        """A step is done that took so long."""
-        self._step = step
-        self._seconds += seconds
-        return self._progress(Stage.DENOISING, DENOISED_PERCENT * step / self._step_count)
+    def stepped(self, step: Step) -> Progress:
+        """A step is done."""
+        self._step = step.step
+        self._seconds += step.seconds
+        return self._progress(Stage.DENOISING, DENOISED_PERCENT * step.step / self._step_count, step.done_time)
 
     def encoding(self) -> Progress:
         """All steps are done."""
-        return self._progress(Stage.ENCODING, DENOISED_PERCENT)
+        return self._progress(Stage.ENCODING, DENOISED_PERCENT, time.time())
 
     def uploading(self) -> Progress:
         """The last picture is encoded."""
-        return self._progress(Stage.UPLOADING, ENCODED_PERCENT)
+        return self._progress(Stage.UPLOADING, ENCODED_PERCENT, time.time())
 
-    def _progress(self, stage: Stage, percent: float) -> Progress:
+    def _progress(self, stage: Stage, percent: float, event_time: float) -> Progress:
         mean_s = self._seconds / self._step if self._step else 0.0
-        return Progress(percent, self._step, self._step_count, stage, mean_s * (self._step_count - self._step))
+        return Progress(percent, self._step, self._step_count, stage, mean_s * (self._step_count - self._step), event_time)
 
 
 class Generation:
@@ -170,7 +173,7 @@ class Generation:
                     case Started():
                         yield meter.begun()
                     case Step():
-                        yield meter.stepped(event.step, event.seconds)
+                        yield meter.stepped(event)
                     case Encoding():
                         yield meter.encoding()
                     case Picture():

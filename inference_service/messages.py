@@ -115,11 +115,12 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step is done: `step` counts over all pictures of the run."""
+    """A step is done: `step` counts over all pictures of the run, `done_time` is Unix time."""
 
     task_id: int
     step: int
     seconds: float
+    done_time: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,7 +276,7 @@ class ModelProcess:
             done = before + (step + 1) * run.steps // turns
             if done > counter.steps_done:
                 counter.steps_done = done
-                self._send(Step(run.task_id, done, now - step_started))
+                self._send(Step(run.task_id, done, now - step_started, time.time()))
                 step_started = now
             self._check_cancelled(run.task_id)
             if step + 1 < turns:

@@ -119,7 +119,7 @@ def _response(event: AttemptEvent, model_id: str) -> inference_pb2.GenerateRespo
         case LoadingModel():
             return inference_pb2.GenerateResponse(loading=inference_pb2.Loading(model_id=model_id))
         case Progress():
-            return inference_pb2.GenerateResponse(
+            response = inference_pb2.GenerateResponse(
                 progress=jobs_pb2.Progress(
                     percent=event.percent,
                     step=event.step,
@@ -128,6 +128,8 @@ def _response(event: AttemptEvent, model_id: str) -> inference_pb2.GenerateRespo
                     eta_seconds=event.eta_seconds,
                 )
             )
+            response.event_time.FromNanoseconds(int(event.event_time * 1e9))
+            return response
         case PreviewPicture():
             return inference_pb2.GenerateResponse(preview=jobs_pb2.Preview(inline_jpeg=event.jpeg, blurhash=event.blurhash))
         case StoredFile():

@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,15 +58,17 @@ WAIT_SECONDS = Histogram(
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
-    """A job in a slot."""
+    """A queue entry in a slot. Two slots may have entries of one job: one of them starts nothing."""
 
     job_id: uuid.UUID
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
     """The owner wants it stopped."""
     lost: asyncio.Event = field(default_factory=asyncio.Event)
     """The lease is gone: somebody else has the job now."""
+    announced: bool = False
+    """Whether the start was published: progress of a start that nobody heard of is taken for stale."""
 
 
 @dataclass(slots=True)
@@ -103,7 +105,7 @@ class Dispatcher:
         self._inference: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(inference)  # pyright: ignore[reportAttributeAccessIssue]
         self._catalog: inference_pb2_grpc.ModelCatalogServiceAsyncStub = inference_pb2_grpc.ModelCatalogServiceStub(inference)  # pyright: ignore[reportAttributeAccessIssue]
         self._health: Any = health_pb2_grpc.HealthStub(inference)
-        self._running: dict[uuid.UUID, Running] = {}
+        self._running: set[Running] = set()
         self._pools: tuple[str, ...] = ()
         self._stopping = False
         self._idle = asyncio.Event()
@@ -148,9 +150,10 @@ class Dispatcher:
                     while True:
                         message: Any = await pubsub.get_message(ignore_subscribe_messages=True, timeout=2.0)
                         if message is not None:
-                            running = self._running.get(uuid.UUID(message["data"].decode()))
-                            if running is not None:
-                                running.cancel.set()
+                            job_id = uuid.UUID(message["data"].decode())
+                            for running in self._running:
+                                if running.job_id == job_id:
+                                    running.cancel.set()
             except (RedisError, OSError) as error:
                 _log.warning("dispatch.cancels_unheard", error=repr(error))
                 await asyncio.sleep(TROUBLE_PAUSE_S)
@@ -175,7 +178,8 @@ class Dispatcher:
 
     async def _handle(self, entry: Entry) -> None:
         # Registered before the attempt starts: a cancel that comes with the start must find the job here.
-        running = self._running[entry.job_id] = Running(entry.job_id)
+        running = Running(entry.job_id)
+        self._running.add(running)
         try:
             async with transaction(self._engine) as connection:
                 job = await store.start_attempt(
@@ -183,46 +187,41 @@ class Dispatcher:
                 )
             if job is not None:
                 with structlog.contextvars.bound_contextvars(job_id=str(job.job_id), attempt=job.attempt):
-                    await self._attempt(job, entry, running)
+                    outcome = await self._attempt(job, entry, running)
+                if outcome in ("lost", "fenced"):
+                    return  # the entry may be all that leads to the job: whoever has or claims it removes it
             await self._queue.done(entry)
         finally:
-            del self._running[entry.job_id]
+            self._running.discard(running)
             if not self._running:
                 self._idle.set()
 
-    async def _attempt(self, job: Job, entry: Entry, running: Running) -> None:
+    async def _attempt(self, job: Job, entry: Entry, running: Running) -> str:
         _log.info("attempt.started", taken_over=entry.taken_over)
         if job.attempt == 1 and job.start_time and job.create_time:
             WAIT_SECONDS.observe((job.start_time - job.create_time).total_seconds())
-        await self._publish_state(job)
+        running.announced = await self._publish_state(job)
         output = Output()
         async with self._lease(entry, running):
-            outcome = "lost"
             if job.cancel_requested_time is not None:
-                await self._finish(job, State.CANCELLED, output)
-                outcome = "cancelled"
+                outcome = await self._finish(job, State.CANCELLED, output)
             elif job.attempt > self._settings.max_attempts:
                 refusal = MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, "its worker was lost, and no attempt is left")
-                await self._finish(job, State.FAILED, output, refusal)
-                outcome = "failed"
+                outcome = await self._finish(job, State.FAILED, output, refusal)
             else:
                 outcome = await self._run(job, entry, running, output)
         ATTEMPTS.labels(outcome).inc()
         _log.info("attempt.ended", outcome=outcome, steps_done=output.steps_done)
+        return outcome
 
     async def _run(self, job: Job, entry: Entry, running: Running, output: Output) -> str:
-        generation = asyncio.create_task(self._generate(job, output))
+        generation = asyncio.create_task(self._generate(job, running, output))
         stops = [asyncio.create_task(event.wait()) for event in (running.cancel, running.lost)]
         try:
             await asyncio.wait([generation, *stops], return_when=asyncio.FIRST_COMPLETED)
-            if not generation.done():
-                generation.cancel()
-            with suppress(asyncio.CancelledError):
-                await generation
-        except MeshError as refusal:
-            if running.lost.is_set():
-                return "lost"
-            return await self._failed(job, output, refusal)
+            generation.cancel()
+            # Not `await generation`: a cancellation of this slot could not be told from that of the generation.
+            await asyncio.wait([generation])
         except asyncio.CancelledError:
             # The process is told to stop: the job goes back to the queue, for another worker to start over.
             generation.cancel()
@@ -231,13 +230,19 @@ class Dispatcher:
         finally:
             for stop in stops:
                 stop.cancel()
+        refusal = None if generation.cancelled() else generation.exception()
         if running.lost.is_set():
             return "lost"
         if output.done:
             return await self._finish(job, State.COMPLETED, output)
-        return await self._finish(job, State.CANCELLED, output)
+        if running.cancel.is_set():
+            return await self._finish(job, State.CANCELLED, output)
+        if isinstance(refusal, MeshError):
+            return await self._failed(job, output, refusal)
+        generation.result()
+        raise RuntimeError("a generation ends done, refused or cancelled")
 
-    async def _generate(self, job: Job, output: Output) -> None:
+    async def _generate(self, job: Job, running: Running, output: Output) -> None:
         """Drive Generate to its end; raises MeshError for what went wrong."""
         request = inference_pb2.GenerateRequest(
             job_id=str(job.job_id),
@@ -252,6 +257,8 @@ class Dispatcher:
             async for response in call:
                 kind = response.WhichOneof("message")
                 event = new_event(job.job_id, job.attempt)
+                if response.HasField("event_time"):
+                    event.event_time.CopyFrom(response.event_time)
                 if kind == "progress":
                     progress = response.progress
                     output.steps_done = max(output.steps_done, progress.step)
@@ -273,7 +280,7 @@ class Dispatcher:
                     output.steps_done = response.done.steps_done
                     output.done = True
                     continue
-                await self._publish(job, event)
+                await self._publish(job, running, event)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
         finally:
@@ -317,19 +324,26 @@ class Dispatcher:
         return "retried"
 
     async def _hand_back(self, job: Job, entry: Entry) -> None:
-        async with transaction(self._engine) as connection:
-            back = await store.requeue(connection, job, delay_s=0.0)
-        await self._queue.done(entry)
-        if back is not None:
-            await self._publish_state(back)
+        try:
+            async with transaction(self._engine) as connection:
+                back = await store.requeue(connection, job, delay_s=0.0)
+            if back is not None:
+                await self._queue.done(entry)
+                await self._publish_state(back)
+        except (RedisError, SQLAlchemyError, OSError) as error:  # others claim the entry when the lease is over
+            _log.warning("hand_back.failed", job_id=str(job.job_id), error=repr(error)[:300])
 
-    async def _publish_state(self, job: Job) -> None:
+    async def _publish_state(self, job: Job) -> bool:
         try:
             await self._delivery.publish(job)
-        except (RedisError, OSError) as error:  # watchers see the next event; the state itself is in PostgreSQL
+        except (RedisError, OSError) as error:  # tried again with the next event; the state itself is in PostgreSQL
             _log.warning("publish.failed", error=repr(error))
+            return False
+        return True
 
-    async def _publish(self, job: Job, event: jobs_pb2.JobEvent) -> None:
+    async def _publish(self, job: Job, running: Running, event: jobs_pb2.JobEvent) -> None:
+        if not running.announced:
+            running.announced = await self._publish_state(job)
         try:
             await self._log.publish(event, owner_id=job.owner_id, version=job.version)
         except (RedisError, OSError) as error:  # progress is a comfort: the job goes on without
@@ -360,5 +374,4 @@ class Dispatcher:
             yield
         finally:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.wait([task])  # `await task` would swallow a cancellation of this slot

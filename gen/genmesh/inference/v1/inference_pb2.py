@@ -26,9 +26,10 @@ from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from genmesh.jobs.v1 import jobs_pb2 as genmesh_dot_jobs_dot_v1_dot_jobs__pb2
 from genmesh.options.v1 import options_pb2 as genmesh_dot_options_dot_v1_dot_options__pb2
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$genmesh/inference/v1/inference.proto\x12\x14genmesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1agenmesh/jobs/v1/jobs.proto\x1a genmesh/options/v1/options.proto\x1a\x1cgoogle/api/annotations.proto\"\xd8\x02\n\x05Model\x12\x19\n\x08model_id\x18\x01 \x01(\tR\x07modelId\x12!\n\x0c\x64isplay_name\x18\x02 \x01(\tR\x0b\x64isplayName\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x15.genmesh.jobs.v1.KindR\x04kind\x12\x1d\n\nis_default\x18\x04 \x01(\x08R\tisDefault\x12\x36\n\x05image\x18\x05 \x01(\x0b\x32 .genmesh.inference.v1.ImageModelR\x05image\x12\x31\n\x05price\x18\x06 \x01(\x0b\x32\x1b.genmesh.inference.v1.PriceR\x05price\x12\x16\n\x06loaded\x18\x07 \x01(\x08R\x06loaded\x12\x16\n\x06\x64\x65vice\x18\x08 \x01(\tR\x06\x64\x65vice\x12\x18\n\x07license\x18\t \x01(\tR\x07license\x12\x12\n\x04pool\x18\n \x01(\tR\x04pool\"\xab\x02\n\nImageModel\x12#\n\rdefault_width\x18\x01 \x01(\x05R\x0c\x64\x65\x66\x61ultWidth\x12%\n\x0e\x64\x65\x66\x61ult_height\x18\x02 \x01(\x05R\rdefaultHeight\x12#\n\rdefault_steps\x18\x03 \x01(\x05R\x0c\x64\x65\x66\x61ultSteps\x12\x34\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x04 \x01(\x01R\x14\x64\x65\x66\x61ultGuidanceScale\x12\x19\n\x08min_size\x18\x05 \x01(\x05R\x07minSize\x12\x19\n\x08max_size\x18\x06 \x01(\x05R\x07maxSize\x12#\n\rsize_multiple\x18\x07 \x01(\x05R\x0csizeMultiple\x12\x1b\n\tmax_steps\x18\x08 \x01(\x05R\x08maxSteps\"4\n\x05Price\x12+\n\x11step_millicredits\x18\x01 \x01(\x03R\x10stepMillicredits\"\x13\n\x11ListModelsRequest\"I\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32\x1b.genmesh.inference.v1.ModelR\x06models\"\xd0\x01\n\x0fGenerateRequest\x12\x1f\n\x06job_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x05jobId\x12!\n\x07\x61ttempt\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07\x61ttempt\x12\x34\n\x04spec\x18\x03 \x01(\x0b\x32\x18.genmesh.jobs.v1.JobSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12\x43\n\routput_prefix\x18\x04 \x01(\tB\x1e\xbaH\x1br\x19\x18\x80\x02\x32\x14^([A-Za-z0-9_-]+/)+$R\x0coutputPrefix\"\xe1\x02\n\x10GenerateResponse\x12\x36\n\x06queued\x18\x01 \x01(\x0b\x32\x1c.genmesh.inference.v1.QueuedH\x00R\x06queued\x12\x39\n\x07loading\x18\x02 \x01(\x0b\x32\x1d.genmesh.inference.v1.LoadingH\x00R\x07loading\x12\x37\n\x08progress\x18\x03 \x01(\x0b\x32\x19.genmesh.jobs.v1.ProgressH\x00R\x08progress\x12\x34\n\x07preview\x18\x04 \x01(\x0b\x32\x18.genmesh.jobs.v1.PreviewH\x00R\x07preview\x12.\n\x05\x61sset\x18\x05 \x01(\x0b\x32\x16.genmesh.jobs.v1.AssetH\x00R\x05\x61sset\x12\x30\n\x04\x64one\x18\x06 \x01(\x0b\x32\x1a.genmesh.inference.v1.DoneH\x00R\x04\x64oneB\t\n\x07message\"$\n\x06Queued\x12\x1a\n\x08position\x18\x01 \x01(\x05R\x08position\"$\n\x07Loading\x12\x19\n\x08model_id\x18\x01 \x01(\tR\x07modelId\"F\n\x04\x44one\x12\x1d\n\nsteps_done\x18\x01 \x01(\x05R\tstepsDone\x12\x1f\n\x0bpipeline_ms\x18\x02 \x01(\x03R\npipelineMs\"6\n\x10LoadModelRequest\x12\"\n\x08model_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07modelId\"F\n\x11LoadModelResponse\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\x1b.genmesh.inference.v1.ModelR\x05model\"8\n\x12UnloadModelRequest\x12\"\n\x08model_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07modelId\"H\n\x13UnloadModelResponse\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\x1b.genmesh.inference.v1.ModelR\x05model2\x9f\x01\n\x13ModelCatalogService\x12\x87\x01\n\nListModels\x12\'.genmesh.inference.v1.ListModelsRequest\x1a(.genmesh.inference.v1.ListModelsResponse\"&\xa8\xbb\x18\x02\xb2\xbb\x18\x0cjobs_service\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models2\xf3\x02\n\x10InferenceService\x12q\n\x08Generate\x12%.genmesh.inference.v1.GenerateRequest\x1a&.genmesh.inference.v1.GenerateResponse\"\x14\xa8\xbb\x18\x04\xb2\xbb\x18\x0cjobs_service0\x01\x12r\n\tLoadModel\x12&.genmesh.inference.v1.LoadModelRequest\x1a\'.genmesh.inference.v1.LoadModelResponse\"\x14\xa8\xbb\x18\x04\xb2\xbb\x18\x0cjobs_service\x12x\n\x0bUnloadModel\x12(.genmesh.inference.v1.UnloadModelRequest\x1a).genmesh.inference.v1.UnloadModelResponse\"\x14\xa8\xbb\x18\x04\xb2\xbb\x18\x0cjobs_serviceb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$genmesh/inference/v1/inference.proto\x12\x14genmesh.inference.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1agenmesh/jobs/v1/jobs.proto\x1a genmesh/options/v1/options.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd8\x02\n\x05Model\x12\x19\n\x08model_id\x18\x01 \x01(\tR\x07modelId\x12!\n\x0c\x64isplay_name\x18\x02 \x01(\tR\x0b\x64isplayName\x12)\n\x04kind\x18\x03 \x01(\x0e\x32\x15.genmesh.jobs.v1.KindR\x04kind\x12\x1d\n\nis_default\x18\x04 \x01(\x08R\tisDefault\x12\x36\n\x05image\x18\x05 \x01(\x0b\x32 .genmesh.inference.v1.ImageModelR\x05image\x12\x31\n\x05price\x18\x06 \x01(\x0b\x32\x1b.genmesh.inference.v1.PriceR\x05price\x12\x16\n\x06loaded\x18\x07 \x01(\x08R\x06loaded\x12\x16\n\x06\x64\x65vice\x18\x08 \x01(\tR\x06\x64\x65vice\x12\x18\n\x07license\x18\t \x01(\tR\x07license\x12\x12\n\x04pool\x18\n \x01(\tR\x04pool\"\xab\x02\n\nImageModel\x12#\n\rdefault_width\x18\x01 \x01(\x05R\x0c\x64\x65\x66\x61ultWidth\x12%\n\x0e\x64\x65\x66\x61ult_height\x18\x02 \x01(\x05R\rdefaultHeight\x12#\n\rdefault_steps\x18\x03 \x01(\x05R\x0c\x64\x65\x66\x61ultSteps\x12\x34\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\x04 \x01(\x01R\x14\x64\x65\x66\x61ultGuidanceScale\x12\x19\n\x08min_size\x18\x05 \x01(\x05R\x07minSize\x12\x19\n\x08max_size\x18\x06 \x01(\x05R\x07maxSize\x12#\n\rsize_multiple\x18\x07 \x01(\x05R\x0csizeMultiple\x12\x1b\n\tmax_steps\x18\x08 \x01(\x05R\x08maxSteps\"4\n\x05Price\x12+\n\x11step_millicredits\x18\x01 \x01(\x03R\x10stepMillicredits\"\x13\n\x11ListModelsRequest\"I\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32\x1b.genmesh.inference.v1.ModelR\x06models\"\xd0\x01\n\x0fGenerateRequest\x12\x1f\n\x06job_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\xb0\x01\x01R\x05jobId\x12!\n\x07\x61ttempt\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01R\x07\x61ttempt\x12\x34\n\x04spec\x18\x03 \x01(\x0b\x32\x18.genmesh.jobs.v1.JobSpecB\x06\xbaH\x03\xc8\x01\x01R\x04spec\x12\x43\n\routput_prefix\x18\x04 \x01(\tB\x1e\xbaH\x1br\x19\x18\x80\x02\x32\x14^([A-Za-z0-9_-]+/)+$R\x0coutputPrefix\"\x9c\x03\n\x10GenerateResponse\x12\x36\n\x06queued\x18\x01 \x01(\x0b\x32\x1c.genmesh.inference.v1.QueuedH\x00R\x06queued\x12\x39\n\x07loading\x18\x02 \x01(\x0b\x32\x1d.genmesh.inference.v1.LoadingH\x00R\x07loading\x12\x37\n\x08progress\x18\x03 \x01(\x0b\x32\x19.genmesh.jobs.v1.ProgressH\x00R\x08progress\x12\x34\n\x07preview\x18\x04 \x01(\x0b\x32\x18.genmesh.jobs.v1.PreviewH\x00R\x07preview\x12.\n\x05\x61sset\x18\x05 \x01(\x0b\x32\x16.genmesh.jobs.v1.AssetH\x00R\x05\x61sset\x12\x30\n\x04\x64one\x18\x06 \x01(\x0b\x32\x1a.genmesh.inference.v1.DoneH\x00R\x04\x64one\x12\x39\n\nevent_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\teventTimeB\t\n\x07message\"$\n\x06Queued\x12\x1a\n\x08position\x18\x01 \x01(\x05R\x08position\"$\n\x07Loading\x12\x19\n\x08model_id\x18\x01 \x01(\tR\x07modelId\"F\n\x04\x44one\x12\x1d\n\nsteps_done\x18\x01 \x01(\x05R\tstepsDone\x12\x1f\n\x0bpipeline_ms\x18\x02 \x01(\x03R\npipelineMs\"6\n\x10LoadModelRequest\x12\"\n\x08model_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07modelId\"F\n\x11LoadModelResponse\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\x1b.genmesh.inference.v1.ModelR\x05model\"8\n\x12UnloadModelRequest\x12\"\n\x08model_id\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01R\x07modelId\"H\n\x13UnloadModelResponse\x12\x31\n\x05model\x18\x01 \x01(\x0b\x32\x1b.genmesh.inference.v1.ModelR\x05model2\x9f\x01\n\x13ModelCatalogService\x12\x87\x01\n\nListModels\x12\'.genmesh.inference.v1.ListModelsRequest\x1a(.genmesh.inference.v1.ListModelsResponse\"&\xa8\xbb\x18\x02\xb2\xbb\x18\x0cjobs_service\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/models2\xf3\x02\n\x10InferenceService\x12q\n\x08Generate\x12%.genmesh.inference.v1.GenerateRequest\x1a&.genmesh.inference.v1.GenerateResponse\"\x14\xa8\xbb\x18\x04\xb2\xbb\x18\x0cjobs_service0\x01\x12r\n\tLoadModel\x12&.genmesh.inference.v1.LoadModelRequest\x1a\'.genmesh.inference.v1.LoadModelResponse\"\x14\xa8\xbb\x18\x04\xb2\xbb\x18\x0cjobs_service\x12x\n\x0bUnloadModel\x12(.genmesh.inference.v1.UnloadModelRequest\x1a).genmesh.inference.v1.UnloadModelResponse\"\x14\xa8\xbb\x18\x04\xb2\xbb\x18\x0cjobs_serviceb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,36 +56,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INFERENCESERVICE'].methods_by_name['LoadModel']._serialized_options = b'\250\273\030\004\262\273\030\014jobs_service'
   _globals['_INFERENCESERVICE'].methods_by_name['UnloadModel']._loaded_options = None
   _globals['_INFERENCESERVICE'].methods_by_name['UnloadModel']._serialized_options = b'\250\273\030\004\262\273\030\014jobs_service'
-  _globals['_MODEL']._serialized_start=184
-  _globals['_MODEL']._serialized_end=528
-  _globals['_IMAGEMODEL']._serialized_start=531
-  _globals['_IMAGEMODEL']._serialized_end=830
-  _globals['_PRICE']._serialized_start=832
-  _globals['_PRICE']._serialized_end=884
-  _globals['_LISTMODELSREQUEST']._serialized_start=886
-  _globals['_LISTMODELSREQUEST']._serialized_end=905
-  _globals['_LISTMODELSRESPONSE']._serialized_start=907
-  _globals['_LISTMODELSRESPONSE']._serialized_end=980
-  _globals['_GENERATEREQUEST']._serialized_start=983
-  _globals['_GENERATEREQUEST']._serialized_end=1191
-  _globals['_GENERATERESPONSE']._serialized_start=1194
-  _globals['_GENERATERESPONSE']._serialized_end=1547
-  _globals['_QUEUED']._serialized_start=1549
-  _globals['_QUEUED']._serialized_end=1585
-  _globals['_LOADING']._serialized_start=1587
-  _globals['_LOADING']._serialized_end=1623
-  _globals['_DONE']._serialized_start=1625
-  _globals['_DONE']._serialized_end=1695
-  _globals['_LOADMODELREQUEST']._serialized_start=1697
-  _globals['_LOADMODELREQUEST']._serialized_end=1751
-  _globals['_LOADMODELRESPONSE']._serialized_start=1753
-  _globals['_LOADMODELRESPONSE']._serialized_end=1823
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1825
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1881
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1883
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1955
-  _globals['_MODELCATALOGSERVICE']._serialized_start=1958
-  _globals['_MODELCATALOGSERVICE']._serialized_end=2117
-  _globals['_INFERENCESERVICE']._serialized_start=2120
-  _globals['_INFERENCESERVICE']._serialized_end=2491
+  _globals['_MODEL']._serialized_start=217
+  _globals['_MODEL']._serialized_end=561
+  _globals['_IMAGEMODEL']._serialized_start=564
+  _globals['_IMAGEMODEL']._serialized_end=863
+  _globals['_PRICE']._serialized_start=865
+  _globals['_PRICE']._serialized_end=917
+  _globals['_LISTMODELSREQUEST']._serialized_start=919
+  _globals['_LISTMODELSREQUEST']._serialized_end=938
+  _globals['_LISTMODELSRESPONSE']._serialized_start=940
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1013
+  _globals['_GENERATEREQUEST']._serialized_start=1016
+  _globals['_GENERATEREQUEST']._serialized_end=1224
+  _globals['_GENERATERESPONSE']._serialized_start=1227
+  _globals['_GENERATERESPONSE']._serialized_end=1639
+  _globals['_QUEUED']._serialized_start=1641
+  _globals['_QUEUED']._serialized_end=1677
+  _globals['_LOADING']._serialized_start=1679
+  _globals['_LOADING']._serialized_end=1715
+  _globals['_DONE']._serialized_start=1717
+  _globals['_DONE']._serialized_end=1787
+  _globals['_LOADMODELREQUEST']._serialized_start=1789
+  _globals['_LOADMODELREQUEST']._serialized_end=1843
+  _globals['_LOADMODELRESPONSE']._serialized_start=1845
+  _globals['_LOADMODELRESPONSE']._serialized_end=1915
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1917
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1973
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1975
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=2047
+  _globals['_MODELCATALOGSERVICE']._serialized_start=2050
+  _globals['_MODELCATALOGSERVICE']._serialized_end=2209
+  _globals['_INFERENCESERVICE']._serialized_start=2212
+  _globals['_INFERENCESERVICE']._serialized_end=2583
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from collections import abc as _abc
 from genmesh.jobs.v1 import jobs_pb2 as _jobs_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -244,6 +245,7 @@ class GenerateResponse(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     ASSET_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    EVENT_TIME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> Global___Queued:
         """The attempt waits for a free slot."""
@@ -268,6 +270,10 @@ class GenerateResponse(_message.Message):
     def done(self) -> Global___Done:
         """The attempt is complete; nothing follows."""
 
+    @_builtins.property
+    def event_time(self) -> _timestamp_pb2.Timestamp:
+        """When it happened; only with progress: when the model had done the step, not when the message was made."""
+
     def __init__(
         self,
         *,
@@ -277,10 +283,11 @@ class GenerateResponse(_message.Message):
         preview: _jobs_pb2.Preview | None = ...,
         asset: _jobs_pb2.Asset | None = ...,
         done: Global___Done | None = ...,
+        event_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["asset", b"asset", "done", b"done", "loading", b"loading", "message", b"message", "preview", b"preview", "progress", b"progress", "queued", b"queued"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["asset", b"asset", "done", b"done", "event_time", b"event_time", "loading", b"loading", "message", b"message", "preview", b"preview", "progress", b"progress", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["asset", b"asset", "done", b"done", "loading", b"loading", "message", b"message", "preview", b"preview", "progress", b"progress", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asset", b"asset", "done", b"done", "event_time", b"event_time", "loading", b"loading", "message", b"message", "preview", b"preview", "progress", b"progress", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["queued", "loading", "progress", "preview", "asset", "done"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
