@@ -2,7 +2,7 @@
 
 A fixed number of streams, sharded by owner; trimmed by age. Beside them a small hash per job: the version and sequence
 published last, and the newest progress. One script does a publish, so that of one job the versions only grow, sequence
-numbers have no holes, and a worker that lost its job publishes nothing any more.
+numbers have no holes (but where Redis was emptied), and a worker that lost its job publishes nothing any more.
 """
 
 import base64
@@ -25,11 +25,12 @@ TRIM_SLACK_S = 60
 """Events are kept this much longer than tokens are honoured, so that a token is never honoured over a trimmed event."""
 
 # KEYS: stream, job hash, epoch. ARGV: version, "1" for a change of state, "1" for a final one, owner, job id, event (without
-# sequence), progress ("" for none), oldest id to keep, ttl of the hash, epoch to set if there is none.
+# sequence), progress ("" for none), oldest id to keep, ttl of the hash, epoch to set if there is none, "1" for an event that
+# may be the first of its job.
 # Returns the sequence number, or 0 when the event is stale or a repetition.
 #
-# A job that Redis does not know (its hash expired, or Redis was emptied) goes on at the server's time in microseconds:
-# more than any number given out before, and again more after the next loss.
+# A job that Redis does not know (a new one, its hash expired, or Redis was emptied) begins at the server's time in
+# microseconds: more than any number given out before a loss, and again more after the next one.
 PUBLISH = """
 local version, is_state = tonumber(ARGV[1]), ARGV[2] == '1'
 local known = redis.call('HMGET', KEYS[2], 'version', 'sequence', 'final')
@@ -42,8 +43,8 @@ if known[1] then
     return 0
   end
   sequence = tonumber(known[2]) + 1
-elseif is_state and version == 1 then
-  sequence = 1
+elseif ARGV[11] ~= '1' then
+  return 0
 else
   local now = redis.call('TIME')
   sequence = tonumber(now[1]) * 1000000 + tonumber(now[2])
@@ -71,7 +72,10 @@ class Position:
     def parse(cls, text: str) -> "Position":
         """From Redis' `milliseconds-number`."""
         milliseconds, _, number = text.partition("-")
-        return cls(int(milliseconds), int(number))
+        position = cls(int(milliseconds), int(number))
+        if max(position.milliseconds, position.number) > NUMBER_MAX:
+            raise ValueError("beyond what Redis counts to")
+        return position
 
     def __str__(self) -> str:
         return f"{self.milliseconds}-{self.number}"
@@ -82,26 +86,27 @@ START = Position(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A resume token: a position in the stream of one shard, in one life of Redis (`epoch`)."""
+    """A resume token: a position in the stream that has an owner's events, in one life of Redis (`epoch`)."""
 
     epoch: str
-    shard: int
+    owner: str
+    """`owner_tag` of whom it was given to."""
     position: Position
 
     def encode(self) -> str:
         """The opaque form that clients keep."""
-        return base64.urlsafe_b64encode(f"{self.epoch}.{self.shard}.{self.position}".encode()).decode().rstrip("=")
+        return base64.urlsafe_b64encode(f"{self.epoch}.{self.owner}.{self.position}".encode()).decode().rstrip("=")
 
     @classmethod
-    def decode(cls, text: str, *, shard: int) -> "Token":
-        """Read a token back; INVALID_ARGUMENT when it is none, or belongs to somebody whose events lie elsewhere."""
+    def decode(cls, text: str, *, owner_id: uuid.UUID) -> "Token":
+        """Read a token back; INVALID_ARGUMENT when it is none, or was given to somebody else."""
         try:
             raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii")
-            epoch, number, position = raw.split(".")
-            token = cls(epoch, int(number), Position.parse(position))
+            epoch, owner, position = raw.split(".")
+            token = cls(epoch, owner, Position.parse(position))
         except (ValueError, binascii.Error) as error:
             raise invalid("resume_token", "is not a token of this service") from error
-        if token.shard != shard or token.encode() != text.rstrip("="):
+        if token.owner != owner_tag(owner_id) or token.encode() != text.rstrip("="):
             raise invalid("resume_token", "is not a token of this caller")
         return token
 
@@ -130,6 +135,11 @@ class StoredEvent:
 def shard_of(owner_id: uuid.UUID | str) -> int:
     """The stream that has an owner's events."""
     return int.from_bytes(hashlib.blake2s(str(owner_id).encode(), digest_size=2).digest(), "big") % SHARDS
+
+
+def owner_tag(owner_id: uuid.UUID | str) -> str:
+    """What a token says of its owner: enough to refuse somebody else's by mistake. It protects nothing, events are filtered by owner."""
+    return hashlib.blake2s(str(owner_id).encode(), digest_size=4).hexdigest()
 
 
 class Keys:
@@ -161,7 +171,8 @@ class EventLog:
     async def publish(self, event: jobs_pb2.JobEvent, *, owner_id: uuid.UUID, version: int, final: bool = False) -> int:
         """Publish an event of the job's lifecycle `version`; its sequence number, or 0 when it was stale or known.
 
-        Fill in everything but the sequence.
+        Fill in everything but the sequence. A place in the queue is no first event of a job: it would pass for the
+        announcement of the state that is still to come.
         """
         progress = event.progress.SerializeToString() if event.HasField("progress") else b""
         oldest_ms = int((time.time() - self._retention_s - TRIM_SLACK_S) * 1000)
@@ -178,6 +189,7 @@ class EventLog:
                 f"{oldest_ms}-0",
                 JOB_TTL_MS,
                 uuid.uuid4().hex,
+                int(not event.HasField("queue_update")),
             ],
         )
         return int(sequence)

@@ -143,13 +143,15 @@ class Jobs:
         except MeshError as refusal:
             if refusal.reason != Reason.ERROR_REASON_UNAVAILABLE:
                 async with transaction(self._engine) as connection:
-                    await store.delete_request(connection, job.owner_id, request_id)
+                    await store.delete_request(connection, job.owner_id, request_id, job.job_id)
             raise
         async with transaction(self._engine) as connection:
             committed = await store.commit_job(connection, job, request_id, fallback_s=FALLBACK_S)
-            if committed is None:
-                raise unavailable("the request took too long and was undone; try again", 0.5)
-            position = (await store.queue_positions(connection, [job.job_id])).get(job.job_id, 0)
+            position = (await store.queue_positions(connection, [job.job_id])).get(job.job_id, 0) if committed else 0
+        if committed is None:
+            # Whoever undid it may have released before we reserved: nobody else knows of this hold any more.
+            await self._ledger.release_unused(job.job_id)
+            raise unavailable("the request took too long and was undone; try again", 0.5)
         job, duties = committed
         await self._delivery.now(job, duties, queue_position=position)
         _log.info("job.accepted", job_id=str(job.job_id), model=job.model, cost=job.estimated_cost)

@@ -19,6 +19,27 @@ from servicekit.streams import BLOCK_MS
 
 GROUP = "dispatch"
 
+# Looking who has an entry and acting on it is one step each: between two steps another worker could claim it.
+# KEYS: stream, alive key of the job. ARGV: group, worker, entry id, lease in milliseconds.
+RENEW = """
+local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
+if pending.err and not string.find(pending.err, 'NOGROUP', 1, true) then return pending end
+local holder = pending[1] and pending[1][2]
+if holder and holder ~= ARGV[2] then return 'TAKEN' end
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[4])
+if not holder then return 'GONE' end
+redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'JUSTID')
+return 'HELD'
+"""
+# KEYS: stream. ARGV: group, worker, entry id.
+DONE = """
+local pending = redis.pcall('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
+if pending.err and not string.find(pending.err, 'NOGROUP', 1, true) then return pending end
+if not pending[1] or pending[1][2] ~= ARGV[2] then return 0 end
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
+return redis.call('XDEL', KEYS[1], ARGV[3])
+"""
+
 # Three of four polls look at PRO first, the fourth at FREE first: paid work goes ahead, free work never starves.
 POLL_ORDER = (
     (Priority.PRO, Priority.FREE),
@@ -62,6 +83,8 @@ class JobQueue:
         self._worker_id = worker_id
         self._orders = cycle(POLL_ORDER)
         self._groups: set[str] = set()
+        self._renew = client.register_script(RENEW)
+        self._done = client.register_script(DONE)
 
     def _stream(self, pool: str, priority: Priority) -> str:
         # The braces are a Redis Cluster hash tag: all of a pool lies in one slot, so that one command can read it.
@@ -95,14 +118,11 @@ class JobQueue:
 
     async def renew(self, entry: Entry) -> Hold:
         """Tell the queue that this worker is alive and has the entry; says who has it."""
-        await self._redis.set(self._alive_key(self._worker_id), "1", px=int(self._lease_s * 1000))
-        holder = await self.holder(entry.stream, entry.entry_id)
-        if holder is None:
-            return Hold.GONE
-        if holder != self._worker_id:
-            return Hold.TAKEN
-        await self._redis.xclaim(entry.stream, GROUP, self._worker_id, 0, [entry.entry_id], justid=True)
-        return Hold.HELD
+        hold: bytes = await self._renew(
+            keys=[entry.stream, self._alive_key(entry.stream, entry.job_id)],
+            args=[GROUP, self._worker_id, entry.entry_id, int(self._lease_s * 1000)],
+        )
+        return Hold[hold.decode()]
 
     async def holder(self, stream: str, entry_id: str) -> str | None:
         """The worker that has an entry; None when the queue does not know the entry."""
@@ -114,19 +134,16 @@ class JobQueue:
             return None
         return pending[0]["consumer"].decode() if pending else None
 
-    async def alive(self, worker_id: str) -> bool:
-        """Whether a worker has renewed an entry within a lease."""
-        return bool(await self._redis.exists(self._alive_key(worker_id)))
+    async def alive(self, stream: str, job_id: uuid.UUID) -> bool:
+        """Whether a worker has renewed an entry of this job within a lease, the queue knowing the entry or not."""
+        return bool(await self._redis.exists(self._alive_key(stream, job_id)))
 
-    def _alive_key(self, worker_id: str) -> str:
-        return f"{{{self._prefix}:queue}}:worker:{worker_id}"
+    def _alive_key(self, stream: str, job_id: uuid.UUID) -> str:
+        return f"{stream}:alive:{job_id}"
 
     async def done(self, entry: Entry) -> None:
-        """Remove an entry whose job was handled."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.xack(entry.stream, GROUP, entry.entry_id)
-            pipe.xdel(entry.stream, entry.entry_id)
-            await pipe.execute()
+        """Remove an entry whose job was handled. One that another worker has claimed in the meantime stays."""
+        await self._done(keys=[entry.stream], args=[GROUP, self._worker_id, entry.entry_id])
 
     async def _read(self, stream: str) -> Entry | None:
         try:
@@ -142,15 +159,20 @@ class JobQueue:
         return None
 
     async def _claim(self, stream: str) -> Entry | None:
+        # Not XAUTOCLAIM: with COUNT 1 it looks at the ten oldest entries only, and ten live workers would hide a dead one.
+        lease_ms = int(self._lease_s * 1000)
         try:
-            reply: Any = await self._redis.xautoclaim(stream, GROUP, self._worker_id, min_idle_time=int(self._lease_s * 1000), count=1)
+            silent: Any = await self._redis.xpending_range(stream, GROUP, "-", "+", 1, idle=lease_ms)
+            if not silent:
+                return None
+            reply: Any = await self._redis.xclaim(stream, GROUP, self._worker_id, lease_ms, [silent[0]["message_id"]])
         except ResponseError as error:
             if "NOGROUP" not in str(error):
                 raise
             self._groups.discard(stream)
             return None
-        for entry_id, fields in reply[1]:
-            if fields:  # None: deleted while it was pending
+        for entry_id, fields in reply:  # nothing: another worker was first
+            if fields:
                 return self._entry(stream, entry_id, fields, taken_over=True)
         return None
 
@@ -172,6 +194,35 @@ class JobQueue:
     def _entry(self, stream: str, entry_id: bytes, fields: dict[bytes, bytes], *, taken_over: bool) -> Entry:
         return Entry(stream, entry_id.decode(), uuid.UUID(fields[b"job"].decode()), taken_over)
 
-    async def mark(self) -> bool:
-        """Leave a mark in Redis; True when the mark was gone, so that the queue has to be rebuilt."""
-        return bool(await self._redis.set(f"{{{self._prefix}:queue}}:mark", "1", nx=True))
+    async def lost(self) -> bool:
+        """Whether entries may have been lost since `rebuilt`: Redis was emptied, or is not the process it was (a restart
+        loses what was not on disk yet, a fail-over what the replica had not got)."""
+        run_id, _, mark = await self._life()
+        return mark is None or mark[0] != run_id
+
+    async def rebuilt(self) -> None:
+        """Note that every pending job was put into the queue again, or is about to be."""
+        run_id, now_ms, _ = await self._life()
+        await self._redis.set(self._mark_key, f"{run_id} {now_ms}")
+
+    async def settled(self) -> bool:
+        """Whether the queue was rebuilt at least a lease ago: every live worker has said since that it is alive."""
+        run_id, now_ms, mark = await self._life()
+        return mark is not None and mark[0] == run_id and now_ms - mark[1] >= self._lease_s * 1000
+
+    @property
+    def _mark_key(self) -> str:
+        return f"{{{self._prefix}:queue}}:mark"
+
+    async def _life(self) -> tuple[str, int, tuple[str, int] | None]:
+        """Run id of Redis, its time in milliseconds, both as of the last rebuild."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            pipe.info("server")
+            pipe.time()
+            pipe.get(self._mark_key)
+            info, (seconds, microseconds), value = await pipe.execute()
+        mark = None
+        if value is not None:
+            run_id, _, marked_ms = value.decode().partition(" ")
+            mark = (run_id, int(marked_ms or 0))
+        return str(info["run_id"]), seconds * 1000 + microseconds // 1000, mark

@@ -86,9 +86,11 @@ class Relay:
                 return
 
     async def _rebuild_queue(self) -> None:
-        if await self._queue.mark():
+        if await self._queue.lost():
+            # The mark comes last: whoever dies in between leaves the work to the next round, and twice does no harm.
             async with transaction(self._engine) as connection:
                 count = await store.announce_pending(connection)
+            await self._queue.rebuilt()
             if count:
                 _log.warning("queue.rebuilt", jobs=count)
 
@@ -98,7 +100,7 @@ class Relay:
         for owner_id, request_id, job_id in abandoned:
             await self._ledger.release_unused(job_id)
             async with transaction(self._engine) as connection:
-                await store.delete_request(connection, owner_id, request_id)
+                await store.delete_request(connection, owner_id, request_id, job_id)
             _log.warning("request.abandoned", job_id=str(job_id))
 
     async def _cancel_late_jobs(self) -> None:
@@ -126,9 +128,10 @@ class Relay:
     async def _stray(self, job: Job) -> bool:
         """Whether nobody runs a processing job and no queue entry would ever make somebody: Redis was lost, and its worker too."""
         stream, _, entry_id = job.queue_entry.rpartition("/")
-        if await self._queue.alive(job.worker_id):
+        if await self._queue.alive(stream, job.job_id) or await self._queue.holder(stream, entry_id) is not None:
             return False
-        return await self._queue.holder(stream, entry_id) is None
+        # Asked last: had Redis been emptied before the answers above, they would tell of no live worker either.
+        return await self._queue.settled()
 
     async def _announce_positions(self) -> None:
         async with transaction(self._engine) as connection:
@@ -138,4 +141,5 @@ class Relay:
         for job, place in changed:
             event = new_event(job.job_id, job.attempt)
             event.queue_update.CopyFrom(jobs_pb2.QueueUpdate(queue_position=place))
-            await self._log.publish(event, owner_id=job.owner_id, version=job.version)
+            if not await self._log.publish(event, owner_id=job.owner_id, version=job.version):
+                del self._announced[job.job_id]  # its state is not announced yet: again in the next round

@@ -100,10 +100,15 @@ async def add_request(
     return result.one_or_none() is not None
 
 
-async def delete_request(connection: AsyncConnection, owner_id: uuid.UUID, request_id: uuid.UUID) -> None:
-    """Forget a request that was refused before it became a job."""
+async def delete_request(connection: AsyncConnection, owner_id: uuid.UUID, request_id: uuid.UUID, job_id: uuid.UUID) -> None:
+    """Forget a request that was refused before it became this job. One that is a job, or means another one by now, stays."""
     await connection.execute(
-        sa.delete(requests).where(requests.c.owner_id == owner_id, requests.c.request_id == request_id, requests.c.intent.is_not(None))
+        sa.delete(requests).where(
+            requests.c.owner_id == owner_id,
+            requests.c.request_id == request_id,
+            requests.c.job_id == job_id,
+            requests.c.intent.is_not(None),
+        )
     )
 
 

@@ -9,14 +9,14 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
 
 from genmesh.jobs.v1 import jobs_pb2
-from jobs_service.events import START, EventLog, Position, StoredEvent, Token, shard_of
+from jobs_service.events import START, EventLog, Position, StoredEvent, Token, owner_tag, shard_of
 from jobs_service.lifecycle import Job
 from servicekit.errors import Reason, unauthenticated, unavailable
 from servicekit.streams import BLOCK_MS
@@ -163,28 +163,28 @@ class Hub:
         full = {shard for shard, events in batches if len(events) >= READ_COUNT}
         for shard, events in batches:
             for event in events:
-                self._hand_out(shard, event)
+                self._hand_out(event)
             self._positions[shard] = events[-1].position
         for shard, position in self._positions.items():
             # A quiet stream moves on too, or its tokens would grow old without anything having been missed.
             if shard not in full and position < before:
                 self._positions[shard] = before
 
-    def _hand_out(self, shard: int, stored: StoredEvent) -> None:
+    def _hand_out(self, stored: StoredEvent) -> None:
         watchers = self._watchers.get(stored.owner_id)
         if not watchers:
             return
         interested = [watcher for watcher in watchers if watcher.wants(stored.job_id)]
         if interested:
-            ready = self.ready(shard, stored)
+            ready = self.ready(stored)
             for watcher in interested:
                 watcher.offer(ready)
             DELIVERED.inc(len(interested))
 
-    def ready(self, shard: int, stored: StoredEvent) -> Ready:
+    def ready(self, stored: StoredEvent) -> Ready:
         """Serialise an event for its watchers."""
         SERIALISED.inc()
-        data = stored.message(Token(self.epoch, shard, stored.position).encode())
+        data = stored.message(Token(self.epoch, owner_tag(stored.owner_id), stored.position).encode())
         return Ready(stored.position, stored.job_id, stored.sequence, stored.version, stored.is_state, stored.final, data)
 
 
@@ -226,7 +226,7 @@ class WatchStream:
     async def run(self, request: WatchRequest) -> AsyncGenerator[bytes, None]:
         """Serialised WatchJobsResponses until every job asked for has ended (never, when all are watched)."""
         shard = shard_of(request.owner_id)
-        token = Token.decode(request.resume_token, shard=shard) if request.resume_token else None
+        token = Token.decode(request.resume_token, owner_id=request.owner_id) if request.resume_token else None
         self._remaining = set(request.job_ids)
         try:
             async with asyncio.timeout(BLOCK_MS / 1000):
@@ -237,9 +237,9 @@ class WatchStream:
             until = self._hub.position(shard)
             known = await self._snapshots(request)
             if token is not None and self._log.honours(token, self._hub.epoch):
-                first = self._replay(shard, token, until, watcher)
+                first = self._replay(shard, token, until, watcher, known)
             else:
-                first = self._begin(request, shard, until, known)
+                first = self._begin(request, until, known)
             async with aclosing(first) as messages:
                 async for data in messages:
                     yield data
@@ -247,11 +247,9 @@ class WatchStream:
                 async for data in messages:
                     yield data
 
-    async def _begin(
-        self, request: WatchRequest, shard: int, position: Position, known: list[tuple[Job, jobs_pb2.Job]]
-    ) -> AsyncGenerator[bytes, None]:
+    async def _begin(self, request: WatchRequest, position: Position, known: list[tuple[Job, jobs_pb2.Job]]) -> AsyncGenerator[bytes, None]:
         # The snapshots were read after `position` was taken: whoever resumes there misses nothing that they lack.
-        token = Token(self._hub.epoch, shard, position).encode()
+        token = Token(self._hub.epoch, owner_tag(request.owner_id), position).encode()
         for job, message in known:
             key = str(job.job_id)
             self._versions[key] = job.version
@@ -262,10 +260,19 @@ class WatchStream:
             yield _checkpoint(token)
         self._check_ended(request)
 
-    async def _replay(self, shard: int, token: Token, until: Position, watcher: Watcher) -> AsyncGenerator[bytes, None]:
-        for key, position in (await self._log.final_positions(sorted(self._remaining))).items():
+    async def _replay(
+        self, shard: int, token: Token, until: Position, watcher: Watcher, known: list[tuple[Job, jobs_pb2.Job]]
+    ) -> AsyncGenerator[bytes, None]:
+        ends = await self._log.final_positions(sorted(self._remaining))
+        for key, position in ends.items():
             if position <= token.position:
                 self._remaining.discard(key)  # the client has seen it end
+        for job, message in known:
+            if job.state.terminal and str(job.job_id) in self._remaining - ends.keys():
+                # Its last event is not published yet, or long forgotten: the client need not wait for it.
+                self._remaining.discard(str(job.job_id))
+                self._versions[str(job.job_id)] = job.version
+                yield jobs_pb2.WatchJobsResponse(snapshot=message, resume_token=token.encode()).SerializeToString()
         if watcher.job_ids and not self._remaining:
             yield _checkpoint(token.encode())
             raise _AllEndedError
@@ -275,7 +282,7 @@ class WatchStream:
             for stored in events:
                 after = stored.position
                 if stored.owner_id == watcher.owner_id and watcher.wants(stored.job_id):
-                    data = self._accept(self._hub.ready(shard, stored))
+                    data = self._accept(self._hub.ready(stored))
                     if data is not None:
                         yield data
             if len(events) < REPLAY_COUNT:
@@ -287,12 +294,14 @@ class WatchStream:
     async def _live(self, request: WatchRequest, shard: int, watcher: Watcher) -> AsyncGenerator[bytes, None]:
         last_sent = time.monotonic()
         while True:
+            self._check_alive(request)
             if watcher.lost:
                 watcher.start_over()
                 position = self._hub.position(shard)
+                known = await self._again(request)
                 self._versions.clear()
                 self._after = START
-                async with aclosing(self._begin(request, shard, position, await self._snapshots(request))) as messages:
+                async with aclosing(self._begin(request, position, known)) as messages:
                     async for data in messages:
                         yield data
                 last_sent = time.monotonic()
@@ -304,11 +313,11 @@ class WatchStream:
                     last_sent = time.monotonic()
                     self._check_ended(request)
                 continue
-            self._check_alive(request)
             silence_s = time.monotonic() - last_sent
             if silence_s >= self._checkpoint_interval_s:
                 # Nothing is waiting, so everything up to the hub's position has been sent.
-                yield _checkpoint(Token(self._hub.epoch, shard, max(self._after, self._hub.position(shard))).encode())
+                position = max(self._after, self._hub.position(shard))
+                yield _checkpoint(Token(self._hub.epoch, owner_tag(request.owner_id), position).encode())
                 last_sent = time.monotonic()
                 continue
             timeout_s = self._checkpoint_interval_s - silence_s
@@ -317,6 +326,15 @@ class WatchStream:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await watcher.wait()
+
+    async def _again(self, request: WatchRequest) -> list[tuple[Job, jobs_pb2.Job]]:
+        """Snapshots to start over with: also of jobs that the client takes for unfinished, as their end may be what was lost."""
+        known = await self._snapshots(request)
+        if not request.job_ids:
+            told = (self._versions.keys() | self._sequences.keys()) - {str(job.job_id) for job, _ in known}
+            if told:
+                known = await self._snapshots(replace(request, job_ids=tuple(sorted(told)))) + known
+        return known
 
     def _check_alive(self, request: WatchRequest) -> None:
         if self._hub.draining:

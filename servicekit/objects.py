@@ -25,7 +25,9 @@ class ObjectStore:
         self._bucket = settings.s3_bucket
         self._url_ttl_s = settings.s3_url_ttl_s
         self._client = _client(settings, settings.s3_endpoint_url)
-        self._presigner = _client(settings, settings.s3_public_endpoint_url or settings.s3_endpoint_url)
+        # A second client only where clients reach the store by another name: making one takes a quarter of a second.
+        public = settings.s3_public_endpoint_url
+        self._presigner = _client(settings, public) if public else self._client
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="s3")
 
     def __enter__(self) -> "ObjectStore":
