@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from inference_service.catalogue import Catalogue
 from inference_service.generation import Generation
-from inference_service.messages import Options
+from inference_service.model_entry import Spawned
 from inference_service.model_host import ModelHost
 from inference_service.servicer import InferenceServicer, ModelCatalogServicer
 from inference_service.settings import InferenceSettings
@@ -32,20 +32,15 @@ class Dependencies:
     keys: KeySource
 
 
-def build_host(settings: InferenceSettings, catalogue: Catalogue) -> ModelHost:
-    """The model host as the settings want it; not started."""
-    options = Options(
-        device=settings.device,
-        threads=settings.torch_threads,
-        max_loaded=settings.max_loaded_models,
-        memory_bytes=settings.model_memory_bytes,
-    )
+def build_host(settings: InferenceSettings, catalogue: Catalogue, first: Spawned | None = None) -> ModelHost:
+    """The model host as the settings want it; not started. `first`: its model process, where it was spawned ahead."""
     return ModelHost(
         catalogue,
-        options,
+        settings.model_options(),
         max_waiting=settings.max_waiting,
         load_timeout_s=settings.load_timeout_s,
         cancel_timeout_s=settings.cancel_timeout_s,
+        first=first,
     )
 
 
@@ -64,13 +59,13 @@ def build_server(settings: InferenceSettings, deps: Dependencies) -> MeshServer:
     return server
 
 
-async def serve(settings: InferenceSettings, catalogue: Catalogue, stop: asyncio.Event) -> None:
+async def serve(settings: InferenceSettings, catalogue: Catalogue, first: Spawned, stop: asyncio.Event) -> None:
     """Serve until `stop`; running attempts then get `drain_s` to end before they are cancelled."""
     async with AsyncExitStack() as stack:
         stack.enter_context(telemetry.HttpServer(settings.metrics_address, {"/metrics": telemetry.metrics_page}))
         store = stack.enter_context(ObjectStore(settings))
         keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))
-        host = build_host(settings, catalogue)
+        host = build_host(settings, catalogue, first)
         server = build_server(settings, Dependencies(catalogue, host, store, keys))
         await stack.enter_async_context(host.running(server.draining))
         await stack.enter_async_context(server.running(*SERVED))

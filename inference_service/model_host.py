@@ -5,8 +5,6 @@ Nothing here blocks the event loop: a thread reads the pipe, and commands are sm
 
 import asyncio
 import itertools
-import multiprocessing
-import os
 import threading
 import time
 import uuid
@@ -14,7 +12,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Literal
 
 import grpc
@@ -41,6 +38,7 @@ from inference_service.messages import (
     Task,
     Unload,
 )
+from inference_service.model_entry import Spawned, spawn
 from servicekit.errors import MeshError, Reason, precondition, unavailable
 
 STEP_SECONDS = prometheus_client.Histogram(
@@ -188,16 +186,13 @@ class RunningTask:
 class Child:
     """One model process and the thread that reads its pipe; `on_message` is called on the event loop."""
 
-    def __init__(self, options: Options, on_message: Callable[["Child", Message], None]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+    def __init__(self, spawned: Spawned, on_message: Callable[["Child", Message], None]) -> None:
+        self.process = spawned.process
+        self._connection = spawned.connection
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self.ready = asyncio.Event()
         self.hung_up = asyncio.Event()
-        self.process = context.Process(target=enter, args=(theirs, options), name="model", daemon=True)
-        self.process.start()
-        theirs.close()  # or the end of the process would never be seen as the end of the pipe
         self._thread = threading.Thread(target=self._read, name="model-pipe", daemon=True)
         self._thread.start()
 
@@ -228,34 +223,23 @@ class Child:
         self._loop.call_soon_threadsafe(self.hung_up.set)
 
 
-def enter(connection: Connection, options: Options) -> None:
-    """First code of the model process: what has to be set before torch is imported."""
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    # Idle OpenMP threads that spin take the cores from everyone else.
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Quiet from the first import on: see model_process.main for the reason.
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.environ["DIFFUSERS_VERBOSITY"] = "error"
-    from inference_service import model_process
-
-    model_process.main(
-        connection,
-        device=options.device,
-        threads=options.threads,
-        max_loaded=options.max_loaded,
-        memory_bytes=options.memory_bytes,
-    )
-
-
 class ModelHost:
     """Runs models on one device, one task at a time."""
 
-    def __init__(self, catalogue: Catalogue, options: Options, *, max_waiting: int, load_timeout_s: float, cancel_timeout_s: float) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        options: Options,
+        *,
+        max_waiting: int,
+        load_timeout_s: float,
+        cancel_timeout_s: float,
+        first: Spawned | None = None,
+    ) -> None:
+        """`first` is a model process already started with the same options; without it the host starts its own."""
         self._catalogue = catalogue
         self._options = options
+        self._first = first
         self._load_timeout_s = load_timeout_s
         self._cancel_timeout_s = cancel_timeout_s
         self._line = Line(max_waiting)
@@ -341,7 +325,8 @@ class ModelHost:
         delay_s = RESTART_DELAY_S
         while True:
             started = time.monotonic()
-            child = self._child = Child(self._options, self._on_message)
+            child = self._child = Child(self._first or spawn(self._options), self._on_message)
+            self._first = None
             preload = asyncio.create_task(self._preload(child), name="model-preload")
             try:
                 await child.hung_up.wait()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from inference_service.messages import Options
 from servicekit.settings import ObjectSettings, ServerSettings
 
 
@@ -24,3 +25,9 @@ class InferenceSettings(ServerSettings, ObjectSettings):
     )
     load_timeout_s: float = Field(120.0, gt=0, le=3600, description="How long an attempt waits for the model process to be ready")
     cancel_timeout_s: float = Field(30.0, gt=0, le=3600, description="A model that has not stopped by then after a cancel is killed")
+
+    def model_options(self) -> Options:
+        """What the model process is told."""
+        return Options(
+            device=self.device, threads=self.torch_threads, max_loaded=self.max_loaded_models, memory_bytes=self.model_memory_bytes
+        )

@@ -108,7 +108,8 @@ class Mesh:
                     "OMP_NUM_THREADS": str(self.torch_threads),
                     "OMP_WAIT_POLICY": "PASSIVE",
                 },
-                after=("s3",),
+                # Before everything else: loading torch is the longest part of a start, and the store is not needed for it.
+                after=(),
                 start_timeout_s=300.0,  # large models take their time
             )
             yield self._worker(
