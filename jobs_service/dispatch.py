@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,7 +225,10 @@ class Dispatcher:
         except asyncio.CancelledError:
             # The process is told to stop: the job goes back to the queue, for another worker to start over.
             generation.cancel()
-            await asyncio.shield(asyncio.ensure_future(self._hand_back(job, entry)))
+            handing_back = asyncio.create_task(self._hand_back(job, entry))
+            while not handing_back.done():  # whoever stops us asks again every second
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([handing_back])
             raise
         finally:
             for stop in stops:

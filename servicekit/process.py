@@ -6,7 +6,7 @@ A background task that dies stops its process; the supervisor restarts it.
 import asyncio
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 import structlog
@@ -14,6 +14,8 @@ import uvloop
 
 from servicekit import telemetry
 from servicekit.settings import TelemetrySettings
+
+CANCEL_INTERVAL_S = 1.0
 
 _log = structlog.get_logger(__name__)
 
@@ -47,6 +49,16 @@ async def until_stopped(stop: asyncio.Event, *tasks: Coroutine[Any, Any, None]) 
                 task.result()
                 raise RuntimeError(f"background task {task.get_coro()!r} ended")
     finally:
-        for task in (stopping, *running):
+        await end({stopping, *running})
+
+
+async def end(tasks: Collection["asyncio.Task[Any]"]) -> None:
+    """Cancel tasks and return when all have ended.
+
+    Asks again and again: redis-py 8.1 swallows a cancellation now and then, and its caller goes on as if nothing had been.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
             task.cancel()
-        await asyncio.gather(stopping, *running, return_exceptions=True)
+        _, pending = await asyncio.wait(pending, timeout=CANCEL_INTERVAL_S)
