@@ -35,8 +35,9 @@ from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, from_rpc_error
 
 OFFER_INTERVAL_S = 5.0
-PROGRESS_INTERVAL_S = 0.01
-"""Steps that follow each other faster than this are published together."""
+PROGRESS_RATE = 100.0
+PROGRESS_BURST = 50.0
+"""Events of steps a second that a job publishes in the long run, and at once; steps beyond that are told with the next one."""
 TROUBLE_PAUSE_S = 0.5
 FINISH_TRIES = 10
 """Tries to write how a job ended. If the first one was committed and its reply lost, the second finds itself fenced: the
@@ -256,7 +257,7 @@ class Dispatcher:
         )
         call = self._inference.Generate(request, metadata=call_metadata())
         try:
-            published = 0.0
+            allowance, refilled = PROGRESS_BURST, time.monotonic()
             async for response in call:
                 kind = response.WhichOneof("message")
                 event = new_event(job.job_id, job.attempt)
@@ -266,9 +267,11 @@ class Dispatcher:
                     progress = response.progress
                     output.steps_done = max(output.steps_done, progress.step)
                     last = progress.step == progress.step_count
-                    if not last and time.monotonic() - published < PROGRESS_INTERVAL_S:
+                    now = time.monotonic()
+                    allowance, refilled = min(PROGRESS_BURST, allowance + PROGRESS_RATE * (now - refilled)), now
+                    if not last and allowance < 1:
                         continue
-                    published = time.monotonic()
+                    allowance -= 1
                     event.progress.CopyFrom(progress)
                 elif kind == "preview":
                     event.preview.CopyFrom(response.preview)

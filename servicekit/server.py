@@ -17,6 +17,8 @@ from servicekit.tls import TlsFiles, server_credentials
 
 HEALTH_INTERVAL_S = 2.0
 HEALTH_TIMEOUT_S = 1.5
+METADATA_MAX_BYTES = 64 * 1024
+"""Twice what Envoy lets through: what it adds must fit too."""
 
 _log = structlog.get_logger(__name__)
 
@@ -51,6 +53,9 @@ class MeshServer:
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.so_reuseport", 0),
+                # Above its soft limit (8 KiB) gRPC refuses at random; Envoy's limit on headers is the one that counts.
+                ("grpc.max_metadata_size", METADATA_MAX_BYTES),
+                ("grpc.absolute_max_metadata_size", METADATA_MAX_BYTES),
                 # Envoy and long-lived clients may ping idle streams; the default answers "too many pings" and cuts them.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),

@@ -111,6 +111,7 @@ class Mesh:
                 # Before everything else: loading torch is the longest part of a start, and the store is not needed for it.
                 after=(),
                 start_timeout_s=300.0,  # large models take their time
+                takes_turn=False,
             )
             yield self._worker(
                 f"dispatch-{index}",
@@ -128,7 +129,14 @@ class Mesh:
         return ("postgres",) if NAMES[name] in self.migrated else (f"migrate-{name}",)
 
     def _server(
-        self, name: str, service: str, env: Mapping[str, str], *, after: tuple[str, ...], start_timeout_s: float = 60.0
+        self,
+        name: str,
+        service: str,
+        env: Mapping[str, str],
+        *,
+        after: tuple[str, ...],
+        start_timeout_s: float = 60.0,
+        takes_turn: bool = True,
     ) -> ProcessSpec:
         address = self.ports.address(name)
         return ProcessSpec(
@@ -144,6 +152,7 @@ class Mesh:
             metrics_address=self.ports.address(f"{name}-metrics"),
             stop_timeout_s=self.drain_s + STOP_MARGIN_S,
             start_timeout_s=start_timeout_s,
+            takes_turn=takes_turn,
         )
 
     def _worker(self, name: str, role: str, env: Mapping[str, str], *, after: tuple[str, ...]) -> ProcessSpec:
@@ -159,6 +168,7 @@ class Mesh:
             check=http_ready(LOOPBACK, self.ports.port(f"{name}-metrics"), "/metrics"),
             metrics_address=self.ports.address(f"{name}-metrics"),
             stop_timeout_s=self.drain_s + STOP_MARGIN_S,
+            takes_turn=True,
         )
 
     def _env(self, env: Mapping[str, str], name: str | None = None) -> dict[str, str]:

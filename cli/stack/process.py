@@ -77,6 +77,8 @@ class ProcessSpec:
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout_s: float = 10.0
     start_timeout_s: float = 60.0
+    takes_turn: bool = False
+    """Its start keeps a core busy: not more of these start at once than there are cores to spare."""
 
 
 @dataclass(slots=True)

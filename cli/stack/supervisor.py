@@ -58,6 +58,9 @@ class Supervisor:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._housekeeping = asyncio.create_task(self._trim_logs(), name="logs")
         self._notifying: set[asyncio.Task[None]] = set()
+        # One core is left to the start that takes longest, that of the model: everything else finishes in its shadow.
+        self._turns = asyncio.Semaphore(max(1, (os.cpu_count() or 1) - 1))
+        self._passing: set[asyncio.Task[None]] = set()
 
     @property
     def statuses(self) -> list[ProcessStatus]:
@@ -99,8 +102,9 @@ class Supervisor:
             child.stopping = True
         for phase in sorted(Phase, reverse=True):
             await asyncio.gather(*(self._stop(child) for child in self._children.values() if child.spec.phase is phase))
-        self._housekeeping.cancel()
-        await asyncio.gather(self._housekeeping, *self._notifying, return_exceptions=True)
+        for task in (self._housekeeping, *self._passing):
+            task.cancel()
+        await asyncio.gather(self._housekeeping, *self._passing, *self._notifying, return_exceptions=True)
         if not self._failure.cancel() and not self._failure.cancelled():
             self._failure.exception()  # seen, whoever asked
 
@@ -124,6 +128,11 @@ class Supervisor:
         try:
             for name in child.spec.after:
                 await self._children[name].ready.wait()
+            if child.spec.takes_turn:
+                await self._turns.acquire()
+                passing = asyncio.create_task(self._pass_turn(child))
+                self._passing.add(passing)
+                passing.add_done_callback(self._passing.discard)
             self._set(child, Health.STARTING)
             if child.spec.prepare is not None:
                 await child.spec.prepare()
@@ -134,6 +143,10 @@ class Supervisor:
                 failure = error if isinstance(error, StackError) else StackError(f"{child.spec.name}: {error!r}")
                 failure.__cause__ = error if failure is not error else None
                 self._failure.set_exception(failure)
+
+    async def _pass_turn(self, child: _Child) -> None:
+        await child.ready.wait()
+        self._turns.release()
 
     async def _keep_running(self, child: _Child) -> None:
         spec = child.spec
