@@ -652,7 +652,7 @@ class JobEvent(_message.Message):
     job_id: _builtins.str
     """The job."""
     sequence: _builtins.int
-    """Number of the event within its job; grows with every event, normally by one."""
+    """Number of the event within its job; grows with every event, normally by one. It does not begin at 1."""
     attempt: _builtins.int
     """Attempt it belongs to."""
     @_builtins.property
