@@ -1,11 +1,10 @@
 """What the service adds to a generation, against the bare diffusers pipeline in the same run. Prints one JSON line.
 
-    GENMESH_S3_…=… GENMESH_CERTIFICATES_DIR=… python benchmarks/inference_overhead.py [--rounds N] [--steps N]
+    .venv/bin/python -m benchmarks.inference_overhead [--rounds N] [--steps N]
 
-Takes the settings of inference_service from the environment. Both sides make the same picture in turns, each in a process
-of its own with the same number of threads: the service streams every step and preview over mTLS, encodes and stores; the
-bare pipeline runs and converts to a PIL picture. Only the ratio of the medians says something on a machine that does
-other things too.
+Both sides make the same picture in turns, each in a process of its own with the same number of threads: the inference_service
+of a whole stack, called as the dispatcher calls it, streams every step and preview over mTLS, encodes and stores; the bare
+pipeline runs and converts to a PIL picture. Only the ratio says something on a machine that does other things too.
 """
 
 import argparse
@@ -14,25 +13,24 @@ import json
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 import uuid
 from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from cli.stack import Stack, StackSettings
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2
-from inference_service.app import SERVED, Dependencies, build_host, build_server
 from inference_service.catalogue import Catalogue, Model
-from inference_service.settings import InferenceSettings
-from servicekit import telemetry
 from servicekit.client import mesh_channel
-from servicekit.identity import RemoteKeys
-from servicekit.objects import ObjectStore
-from servicekit.settings import load
-from servicekit.tls import TlsFiles
+from servicekit.settings import MeshSettings
 
+CATALOGUE = Path(__file__).parents[1] / "models" / "catalogue.yaml"
 PROMPT = "a tiger face"
+THREADS = 1
 
 
 def bare(connection: Connection, directory: str, spec: dict[str, Any], threads: int) -> None:
@@ -50,7 +48,7 @@ def bare(connection: Connection, directory: str, spec: dict[str, Any], threads: 
         connection.send(time.perf_counter() - started)
 
 
-async def measure(settings: InferenceSettings, catalogue: Catalogue, model: Model, rounds: int, steps: int) -> dict[str, float]:
+async def measure(model: Model, rounds: int, steps: int) -> dict[str, float]:
     """Median seconds of both sides, and what there is to know beside them."""
     spec: dict[str, Any] = {
         "width": model.defaults.width,
@@ -59,23 +57,19 @@ async def measure(settings: InferenceSettings, catalogue: Catalogue, model: Mode
     }
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(
-        target=bare, args=(theirs, str(model.path), spec | {"num_inference_steps": steps}, settings.torch_threads), daemon=True
-    )
+    process = context.Process(target=bare, args=(theirs, str(model.path), spec | {"num_inference_steps": steps}, THREADS), daemon=True)
     process.start()
     bare_s: list[float] = []
     service_s: list[float] = []
     pipeline_s: list[float] = []
     previews = 0
-    async with AsyncExitStack() as stack:
-        store = stack.enter_context(ObjectStore(settings))
-        keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, "inference_service"))
-        host = build_host(settings, catalogue)
-        server = build_server(settings, Dependencies(catalogue, host, store, keys))
-        await stack.enter_async_context(host.running(server.draining))
-        await stack.enter_async_context(server.running(*SERVED))
-        channel = mesh_channel(settings, f"127.0.0.1:{server.port}", caller="jobs_service", service="inference_service")
-        stub = inference_pb2_grpc.InferenceServiceStub(await stack.enter_async_context(channel))
+    async with AsyncExitStack() as resources:
+        directory = resources.enter_context(tempfile.TemporaryDirectory(prefix="genmesh-benchmark-"))
+        settings = StackSettings.model_validate({"state_dir": directory, "edge_port": 0, "edge_tls_port": 0, "torch_threads": THREADS})
+        stack = await resources.enter_async_context(Stack(settings).running())
+        mesh = MeshSettings.model_validate({"certificates_dir": stack.certificates_dir})
+        channel = mesh_channel(mesh, stack.addresses["inference-0"], caller="jobs_service", service="inference_service")
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(await resources.enter_async_context(channel))
         for round_number in range(rounds + 1):  # the first one warms both up
             seed = round_number + 1
             ours.send(seed)
@@ -117,12 +111,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=0, help="0: the model's default")
     arguments = parser.parse_args()
-    settings = load(InferenceSettings)
-    telemetry.configure(settings, service="inference_service", role="benchmark")  # logs to stderr: the result stays alone
-    catalogue = Catalogue.read(settings.models_file)
+    catalogue = Catalogue.read(CATALOGUE)
     model = catalogue.default("image")
     assert model is not None
-    result = asyncio.run(measure(settings, catalogue, model, arguments.rounds, arguments.steps or model.defaults.steps))
+    result = asyncio.run(measure(model, arguments.rounds, arguments.steps or model.defaults.steps))
     print(json.dumps({"benchmark": "inference_overhead", "model": model.id, **result}))
 
 

@@ -48,8 +48,10 @@ from inference_service.messages import (
     Unload,
 )
 
-PREVIEW_SHARE = 0.03
+PREVIEW_SHARE = 0.02
 """Part of the denoising time that previews may take."""
+PROMISED_PART = 0.6
+"""A picture without a preview by then gets one, whatever it costs."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -70,8 +72,9 @@ class Previewer:
     """Small pictures of latents on their way, within a budget of time.
 
     The pipeline's own VAE decodes them: right colours for every model, nothing to fit. Latents are shrunk first so that the
-    preview has at most 256 px, which bounds the cost whatever the size of the picture. Previews may take 3 % of the
-    denoising time so far; that also spares the first steps, which show noise. The last step gets none: the picture follows.
+    preview has at most 256 px, which bounds the cost whatever the size of the picture. Previews may take 2 % of the
+    denoising time so far; that also spares the first steps, which show noise. Whatever the budget, each picture gets one when
+    60 % of its steps are done, and none after the last step: the picture follows.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -80,6 +83,7 @@ class Previewer:
         self._vae = vae if getattr(getattr(vae, "config", None), "scaling_factor", None) is not None else None
         self._second_per_pixel = 0.0
         self._spent_s = 0.0
+        self._promised = False
 
     def measure(self, width: int, height: int) -> None:
         """Learn what a preview costs. A VAE that cannot do it this way means a model without previews."""
@@ -99,19 +103,25 @@ class Previewer:
         """Start a new run: what earlier ones saved is not there to spend."""
         self._spent_s = 0.0
 
+    def begin_picture(self) -> None:
+        """Start the next picture of a run: it has no preview yet."""
+        self._promised = True
+
     @property
     def spent_s(self) -> float:
         """Seconds spent on previews in this run."""
         return self._spent_s
 
-    def preview(self, latents: torch.Tensor, denoising_s: float) -> tuple[bytes, str] | None:
+    def preview(self, latents: torch.Tensor, denoising_s: float, *, part_done: float) -> tuple[bytes, str] | None:
         """JPEG and BlurHash, or None when the budget does not allow it or the latents do not show a picture."""
         if self._vae is None or latents.ndim != 4:  # packed latents (FLUX) have no rows and columns
             return None
         height, width = self._preview_latent_size(latents)
         cost_s = self._second_per_pixel * height * width
-        if self._spent_s + cost_s > PREVIEW_SHARE * denoising_s:
+        promised = self._promised and part_done >= PROMISED_PART
+        if not promised and self._spent_s + cost_s > PREVIEW_SHARE * denoising_s:
             return None
+        self._promised = False
         started = time.perf_counter()
         try:
             image = self._make(latents)
@@ -281,7 +291,9 @@ class ModelProcess:
             self._check_cancelled(run.task_id)
             if step + 1 < turns:
                 spent = model.previewer.spent_s
-                made = model.previewer.preview(latents, counter.pipeline_s + now - started - (spent - spent_before))
+                made = model.previewer.preview(
+                    latents, counter.pipeline_s + now - started - (spent - spent_before), part_done=(step + 1) / turns
+                )
                 if made is not None:
                     self._send(PreviewPicture(run.task_id, *made))
                 step_started += model.previewer.spent_s - spent
@@ -300,6 +312,7 @@ class ModelProcess:
             "callback_on_step_end": on_step_end,
         }
         self._check_cancelled(run.task_id)
+        model.previewer.begin_picture()
         spent_before = model.previewer.spent_s
         try:
             pixels: np.ndarray = model.pipeline(**{name: value for name, value in arguments.items() if name in model.accepts}).images[0]

@@ -23,7 +23,6 @@ from jobs_service.events import EventLog
 from jobs_service.ledger import Ledger
 from jobs_service.lifecycle import Job, Priority, State
 from jobs_service.messages import Presign, job_message
-from jobs_service.pricing import PricedSpec
 from jobs_service.quotes import Quote, Quotes
 from jobs_service.watch import WatchRequest
 from servicekit.database import transaction
@@ -73,7 +72,8 @@ class Jobs:
 
     async def estimate(self, owner_id: uuid.UUID, plan: str, spec: jobs_pb2.JobSpec) -> Estimate:
         """Price a spec and guess its time. Holds nothing."""
-        priced = await self._price(spec)
+        await self._refresh_models()
+        priced = pricing.resolve(spec, self._models)
         async with transaction(self._engine) as connection:
             position = await store.place_of_newcomer(connection, priced.model.pool, Priority.of_plan(plan))
             step_s = await store.seconds_per_step(connection, priced.model.model_id) or FIRST_GUESS_STEP_S
@@ -89,17 +89,18 @@ class Jobs:
         """
         request_id = uuid.UUID(request.request_id)
         digest = hashlib.sha256(_without_id(request).SerializeToString(deterministic=True)).digest()
+        await self._refresh_models()
         async with transaction(self._engine) as connection:
             known = await store.find_request(connection, owner_id, request_id)
-        if known is None:
-            job = await self._intend(owner_id, plan, request)
-            async with transaction(self._engine) as connection:
+            if known is None:
+                job = self._intend(owner_id, plan, request)
                 added = await store.add_request(
                     connection, owner_id, request_id, digest=digest, job_id=job.job_id, intent=_encode_intent(job)
                 )
-                known = None if added else await store.find_request(connection, owner_id, request_id)
-            if not added and known is None:
-                raise unavailable("the same request is being refused right now; try again", 0.1)
+                if not added:  # somebody else noted the same request in this moment
+                    known = await store.find_request(connection, owner_id, request_id)
+                    if known is None:
+                        raise unavailable("the same request is being refused right now; try again", 0.1)
         if known is not None:
             if known.digest != digest:
                 raise MeshError(
@@ -112,8 +113,8 @@ class Jobs:
             job = _decode_intent(known.intent, known.job_id, owner_id)
         return await self._commit(job, request_id)  # pyright: ignore[reportPossiblyUnboundVariable]  # bound in either branch
 
-    async def _intend(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> Job:
-        priced = await self._price(request.spec)
+    def _intend(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> Job:
+        priced = pricing.resolve(request.spec, self._models)
         cost = priced.cost_millicredits
         if request.quote_id:
             cost = min(cost, self._quotes.read(request.quote_id, owner_id, request.spec).cost_millicredits)
@@ -156,10 +157,6 @@ class Jobs:
         await self._delivery.now(job, duties, queue_position=position)
         _log.info("job.accepted", job_id=str(job.job_id), model=job.model, cost=job.estimated_cost)
         return self._message(job, position, None)
-
-    async def _price(self, spec: jobs_pb2.JobSpec) -> PricedSpec:
-        await self._refresh_models()
-        return pricing.resolve(spec, self._models)
 
     async def _refresh_models(self) -> None:
         if time.monotonic() - self._models_read < MODELS_MAX_AGE_S and self._models:

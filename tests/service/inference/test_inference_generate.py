@@ -94,6 +94,16 @@ async def test_previews_are_small_pictures_of_the_way(service: Service) -> None:
     assert previews[-1][0] < last_step, "a preview after the last step is wasted"
 
 
+async def test_every_picture_of_a_few_steps_has_a_preview(service: Service) -> None:
+    responses = await collect(service.client.inference.Generate(request(steps=5, image_count=2)))
+    steps, seen = 0, list[int]()
+    for response in responses:
+        steps = max(steps, response.progress.step)
+        if response.HasField("preview"):
+            seen.append(steps)
+    assert {3, 8} <= set(seen), "60 % of five steps are three"
+
+
 async def test_same_spec_and_seed_give_the_same_file_under_the_same_keys(service: Service, bucket: Any) -> None:
     prefix = f"tests/{uuid.uuid4()}/"
     first = await collect(service.client.inference.Generate(request(prefix)))
