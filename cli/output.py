@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from google.protobuf import json_format
@@ -31,9 +32,11 @@ from genmesh.credits.v1 import credits_pb2
 from genmesh.jobs.v1 import jobs_pb2
 
 MILLICREDITS = 1000
-PREVIEW_COLUMNS = 32
+PREVIEW_COLUMNS = 48
 PREVIEW_PIXELS_MAX = 2048 * 2048
 PROMPT_COLUMNS = 60
+BAR_COLUMNS = 40
+PICTURE_PIXELS_MAX = 4096 * 4096
 SIZE_MAX = 4096
 JOBS_DRAWN_MAX = 20
 
@@ -324,12 +327,17 @@ class LiveDisplay:
         job = view.job
         style = _STATE_STYLE.get(job.state, "")
         price = "" if view.ended else f"  at most {credits_text(job.estimated_cost_millicredits)}"
-        lines: list[Text | ProgressBar | HalfBlocks] = [
-            Text.assemble((_shortened(prompt_of(job), PROMPT_COLUMNS), "bold"), ("  " + job.job_id, "dim")),
-            ProgressBar(total=100, completed=_percent(view), width=PROMPT_COLUMNS, complete_style=style or "cyan", finished_style=style),
+        bar = Table.grid(padding=(0, 2))
+        bar.add_row(
+            ProgressBar(total=100, completed=_percent(view), width=BAR_COLUMNS, complete_style=style or "cyan", finished_style=style),
             Text.assemble((view.describe(), style), (price, "dim")),
+        )
+        lines: list[Text | Table | HalfBlocks] = [
+            Text.assemble((_shortened(prompt_of(job), PROMPT_COLUMNS), "bold"), ("  " + job.job_id, "dim")),
+            bar,
         ]
-        if view.preview and self._console.color_system == "truecolor" and (picture := decode_preview(view.preview)):
+        # An ended job leaves no preview behind: the picture itself follows.
+        if not view.ended and view.preview and self._console.color_system == "truecolor" and (picture := decode_preview(view.preview)):
             rows = max(4, min(PREVIEW_COLUMNS // 2, self._console.height - len(lines) - 2))
             lines.append(HalfBlocks(picture, columns=PREVIEW_COLUMNS, rows=rows))
         return Group(*lines)
@@ -391,6 +399,20 @@ def decode_preview(jpeg: bytes) -> Image.Image | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return picture
+
+
+def show_picture(path: Path) -> None:
+    """Draw a saved picture on stderr, where that is a terminal that can."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal or console.color_system != "truecolor":
+        return
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height <= PICTURE_PIXELS_MAX:
+                rows = max(4, min(PREVIEW_COLUMNS // 2, console.height - 4))
+                console.print(HalfBlocks(picture, columns=PREVIEW_COLUMNS, rows=rows))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return  # it is saved and verified; a terminal that does not show it is no failure
 
 
 def note(text: str) -> None:

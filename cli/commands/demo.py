@@ -169,7 +169,7 @@ def _started(settings: "StackSettings") -> Generator[RunningStack]:
             if not control.done():
                 control.set_result(lambda: None)
 
-    note(f"starting the stack on {settings.state_dir.absolute()}")
+    note(f"starting the stack on {settings.state_dir}")
     thread = threading.Thread(target=body, name="stack")
     thread.start()
     try:

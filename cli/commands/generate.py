@@ -26,6 +26,7 @@ from cli.output import (
     parse_size,
     reason_text,
     seconds_text,
+    show_picture,
     write_fields,
     write_json,
     write_table,
@@ -217,6 +218,8 @@ def finish(client: Edge, job: jobs_pb2.Job, out: Path | None, *, json_output: bo
         print(json.dumps(result), flush=True)
     check_completed(job)
     if not json_output:
+        for path in paths:
+            show_picture(path)
         left = f", {credits_text(balance)} left" if balance is not None else ""
         print(f"charged {credits_text(job.cost_millicredits)}{left}")
     return paths

@@ -14,6 +14,7 @@ from cli.client import EdgeAddress
 from cli.download import slug, target_paths
 from cli.failures import CommandError, ExitCode, printable
 from cli.output import (
+    PREVIEW_COLUMNS,
     HalfBlocks,
     JobView,
     JobViews,
@@ -183,7 +184,7 @@ def rendered(console: Console, thing: object) -> str:
 def test_preview_is_drawn_in_true_colour_only() -> None:
     views = JobViews({JOB_ID: JobView(make_job(state=jobs_pb2.STATE_PROCESSING), preview=jpeg_of((250, 130, 10)))})
     drawn = rendered(console := terminal("truecolor"), LiveDisplay(console, views))
-    assert drawn.count("▀") == 32 * 16
+    assert drawn.count("▀") == PREVIEW_COLUMNS * PREVIEW_COLUMNS // 2
     assert "38;2;2" in drawn
     console = terminal("256")
     assert "▀" not in rendered(console, LiveDisplay(console, views))
