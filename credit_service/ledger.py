@@ -3,9 +3,6 @@
 Moving credits is done by the stored functions in PostgreSQL (`migrations/`), reached through `store`.
 """
 
-import base64
-import binascii
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,13 +11,10 @@ from uuid import UUID
 
 import grpc
 
+from servicekit import paging
 from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unauthenticated
 
-PAGE_SIZE_DEFAULT = 50
-PAGE_SIZE_MAX = 200
-
 _ENTRY_ID_BYTES = 8
-_CHECKSUM_BYTES = 8
 
 
 class Outcome(StrEnum):
@@ -210,35 +204,15 @@ class EntryQuery:
 
     def token(self, entry_id: int) -> str:
         """The token of the page that follows `entry_id`."""
-        position = entry_id.to_bytes(_ENTRY_ID_BYTES)
-        return base64.urlsafe_b64encode(position + self._checksum(position)).rstrip(b"=").decode()
+        return paging.encode_token(entry_id.to_bytes(_ENTRY_ID_BYTES), self._bytes())
 
     def position(self, token: str) -> int | None:
-        """The entry that a page follows; None for the first page.
+        """The entry that a page follows; None for the first page. Raises INVALID_ARGUMENT."""
+        position = paging.decode_token(token, self._bytes())
+        return None if position is None else int.from_bytes(position)
 
-        Raises INVALID_ARGUMENT for a token that this query never gave: one of another user or filter, or a damaged one.
-        """
-        if not token:
-            return None
-        try:
-            data = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
-        except (binascii.Error, ValueError):  # ValueError: not ASCII
-            data = b""
-        position = data[:_ENTRY_ID_BYTES]
-        # Only the canonical spelling counts: base64 ignores the last bits of a token.
-        if len(data) != _ENTRY_ID_BYTES + _CHECKSUM_BYTES or self.token(int.from_bytes(position)) != token:
-            raise invalid("page_token", "is not a token that this list gave")
-        return int.from_bytes(position)
-
-    def _checksum(self, position: bytes) -> bytes:
-        # Against mistakes, not attacks: what a page shows is decided by the user and filter of its own request.
-        of = self.user_id.bytes + (self.job_id.bytes if self.job_id else b"")
-        return hashlib.blake2b(position + of, digest_size=_CHECKSUM_BYTES, person=b"credits.entries").digest()
-
-
-def page_limit(page_size: int) -> int:
-    """Entries a page, from a request's `page_size`: 0 means 50, more than 200 means 200."""
-    return min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+    def _bytes(self) -> bytes:
+        return self.user_id.bytes + (self.job_id.bytes if self.job_id else b"")
 
 
 def page(query: EntryQuery, found: Sequence[Entry], limit: int) -> tuple[Sequence[Entry], str]:

@@ -11,6 +11,7 @@ from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.database import transaction
 from servicekit.identity import current_user_id
 from servicekit.interceptors import Context
+from servicekit.paging import page_limit
 
 _KINDS = {
     ledger.Kind.GRANT: pb.Entry.KIND_GRANT,
@@ -49,7 +50,7 @@ class CreditsServicer(pb_grpc.CreditsServiceServicer):
     async def ListEntries(self, request: pb.ListEntriesRequest, context: Context) -> pb.ListEntriesResponse:
         """See CreditsService."""
         query = ledger.EntryQuery(ledger.user_id_of(current_user_id()), UUID(request.job_id) if request.job_id else None)
-        limit = ledger.page_limit(request.page_size)
+        limit = page_limit(request.page_size)
         before = query.position(request.page_token)
         async with transaction(self._engine) as connection:
             found = await store.list_entries(connection, query, before=before, limit=limit + 1)

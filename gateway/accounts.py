@@ -16,9 +16,13 @@ from gateway import identity, store
 from gateway.identity import Account, RefreshDecision
 from gateway.passwords import Passwords
 from gateway.tokens import SigningKeys
+from servicekit import paging
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, not_found, unauthenticated
 from servicekit.identity import ROLE_ADMIN
+
+PAGES_OF = b"users"
+"""What page tokens of the list of accounts belong to."""
 
 _log = structlog.get_logger(__name__)
 
@@ -174,16 +178,16 @@ class Accounts:
 
     async def list_page(self, *, page_size: int, page_token: str, email: str) -> Page:
         """A page of all accounts, newest first; with `email`, of the one account with that address."""
-        limit = identity.page_limit(page_size)
-        before = identity.decode_page_token(page_token)
+        limit = paging.page_limit(page_size)
+        before = paging.decode_token(page_token, PAGES_OF)
         async with transaction(self._engine) as connection:
             if email:
                 account = await store.get_user_by_email(connection, identity.canonical_email(email))
                 return Page([account] if account else [], "")
-            accounts = await store.list_users(connection, before=before, limit=limit + 1)
+            accounts = await store.list_users(connection, before=uuid.UUID(bytes=before) if before else None, limit=limit + 1)
         more = len(accounts) > limit
         accounts = accounts[:limit]
-        return Page(accounts, identity.encode_page_token(accounts[-1].user_id) if more else "")
+        return Page(accounts, paging.encode_token(accounts[-1].user_id.bytes, PAGES_OF) if more else "")
 
     def _tokens(self, account: Account, refresh_token: str) -> Tokens:
         now = datetime.now(UTC).replace(microsecond=0)  # a JWT counts in seconds

@@ -1,10 +1,8 @@
-"""Rules of accounts and sessions: addresses, claims of access tokens, what a refresh token may still do, pages of accounts.
+"""Rules of accounts and sessions: addresses, claims of access tokens, what a refresh token may still do.
 
 No I/O and no clock here: callers bring the facts.
 """
 
-import base64
-import binascii
 import enum
 import hashlib
 import secrets
@@ -20,8 +18,6 @@ PLAN_FREE = "PLAN_FREE"
 """Plans go by their names in the proto: the same word in the table, in the token and on the wire."""
 
 REFRESH_TOKEN_BYTES = 32
-PAGE_SIZE_DEFAULT = 50
-PAGE_SIZE_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +118,3 @@ def decide_refresh(state: RefreshState | None) -> RefreshDecision:
 def refresh_token_invalid() -> MeshError:
     """UNAUTHENTICATED (REFRESH_TOKEN_INVALID), the same whatever is wrong with the token."""
     return unauthenticated(Reason.ERROR_REASON_REFRESH_TOKEN_INVALID, "the refresh token is not valid any more; sign in again")
-
-
-def page_limit(page_size: int) -> int:
-    """Accounts a page for a requested size; 0 means the default."""
-    return min(page_size, PAGE_SIZE_MAX) or PAGE_SIZE_DEFAULT
-
-
-def encode_page_token(last: uuid.UUID) -> str:
-    """The token of the page after the account `last`."""
-    return base64.urlsafe_b64encode(last.bytes).decode().rstrip("=")
-
-
-def decode_page_token(token: str) -> uuid.UUID | None:
-    """The account after which the page starts; None for the first page. Raises INVALID_ARGUMENT for a made-up token."""
-    if not token:
-        return None
-    try:
-        return uuid.UUID(bytes=base64.b64decode(token + "==", altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError):
-        raise invalid("page_token", "is not a token of this method") from None

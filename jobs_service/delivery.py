@@ -16,10 +16,12 @@ from jobs_service.lifecycle import Job, State
 from jobs_service.messages import Presign, state_change
 from jobs_service.queue import JobQueue
 from jobs_service.store import Duty, OutboxRow
-from servicekit.database import transaction
+from servicekit.database import reading, transaction
 
 FALLBACK_S = 2.0
 """How long the committer of a duty has before the relay does it."""
+AGAIN_AT_ONCE = 4
+"""Below the size of a pool of connections: the relay's sweeps need one too."""
 
 _log = structlog.get_logger(__name__)
 
@@ -68,12 +70,17 @@ class Delivery:
                 _log.warning("delivery.not_noted", error=repr(error))
 
     async def again(self, rows: Sequence[OutboxRow]) -> None:
-        """Do duties taken from the outbox, each for the job as it is now."""
-        for row in rows:
-            async with transaction(self._engine) as connection:
-                job = await store.get_job(connection, row.job_id)
-            if job is None:
+        """Do duties taken from the outbox, each for the job as it is now; a few at once, so that a slow one holds up few."""
+        limit = asyncio.Semaphore(AGAIN_AT_ONCE)
+
+        async def one(row: OutboxRow) -> None:
+            async with limit:
+                async with reading(self._engine) as connection:
+                    job = await store.get_job(connection, row.job_id)
+                if job is not None:
+                    await self.now(job, [row])
+                    return
                 async with transaction(self._engine) as connection:
                     await store.delete_duties(connection, [row.outbox_id])
-                continue
-            await self.now(job, [row])
+
+        await asyncio.gather(*map(one, rows))

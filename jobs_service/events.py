@@ -11,6 +11,7 @@ import hashlib
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from redis import asyncio as redis
@@ -92,6 +93,11 @@ class Token:
     owner: str
     """`owner_tag` of whom it was given to."""
     position: Position
+
+    @property
+    def time(self) -> datetime:
+        """When the position was the newest, at the latest now."""
+        return datetime.fromtimestamp(min(self.position.milliseconds / 1000, time.time()), UTC)
 
     def encode(self) -> str:
         """The opaque form that clients keep."""
@@ -228,6 +234,11 @@ class EventLog:
                 pipe.xrevrange(self.keys.stream(shard), count=1)
             newest: list[Any] = await pipe.execute()
         return {shard: Position.parse(entries[0][0].decode()) if entries else START for shard, entries in enumerate(newest)}
+
+    async def end(self, shard: int) -> Position:
+        """The newest position of one shard."""
+        newest: Any = await self._redis.xrevrange(self.keys.stream(shard), count=1)
+        return Position.parse(newest[0][0].decode()) if newest else START
 
     async def read(self, after: dict[int, Position], *, count: int, block_ms: int) -> list[tuple[int, list[StoredEvent]]]:
         """Events after the given positions, by shard; waits up to `block_ms` for the first."""

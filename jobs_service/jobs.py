@@ -25,7 +25,7 @@ from jobs_service.lifecycle import Job, Priority, State
 from jobs_service.messages import Presign, job_message
 from jobs_service.quotes import Quote, Quotes
 from jobs_service.watch import WatchRequest
-from servicekit.database import transaction
+from servicekit.database import reading, transaction
 from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unavailable
 
 MODELS_MAX_AGE_S = 2.0
@@ -74,7 +74,7 @@ class Jobs:
         """Price a spec and guess its time. Holds nothing."""
         await self._refresh_models()
         priced = pricing.resolve(spec, self._models)
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             position = await store.place_of_newcomer(connection, priced.model.pool, Priority.of_plan(plan))
             step_s = await store.seconds_per_step(connection, priced.model.model_id) or FIRST_GUESS_STEP_S
         quote = Quote(priced.cost_millicredits, int(time.time()) + self._quote_ttl_s)
@@ -161,7 +161,7 @@ class Jobs:
     async def _refresh_models(self) -> None:
         if time.monotonic() - self._models_read < MODELS_MAX_AGE_S and self._models:
             return
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             offered = await store.offered_models(connection)
         models = [(inference_pb2.Model.FromString(model), age) for model, age in offered]
         self._models = {model.model_id: model for model, _ in models}
@@ -172,7 +172,7 @@ class Jobs:
 
     async def get(self, owner_id: uuid.UUID, job_id: uuid.UUID) -> jobs_pb2.Job:
         """One job of the owner, or NOT_FOUND."""
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             job = await store.get_job(connection, job_id, owner_id)
         if job is None:
             raise not_found("job")
@@ -182,14 +182,14 @@ class Jobs:
         self, owner_id: uuid.UUID, *, limit: int, before: uuid.UUID | None, states: Sequence[int], kinds: Sequence[int]
     ) -> tuple[list[jobs_pb2.Job], uuid.UUID | None]:
         """A page of the owner's jobs, newest first, and where the next page begins (None: there is none)."""
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             page = await store.list_jobs(connection, owner_id, limit=limit + 1, before=before, states=states, kinds=kinds)
         more = page[limit - 1].job_id if len(page) > limit else None
         return await self._messages(page[:limit]), more
 
     async def snapshots(self, request: WatchRequest) -> list[tuple[Job, jobs_pb2.Job]]:
         """What a watch begins with; NOT_FOUND when a job it names is not the owner's."""
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             if request.job_ids:
                 wanted = [uuid.UUID(job_id) for job_id in request.job_ids]
                 found = {job.job_id: job for job in await store.get_jobs(connection, request.owner_id, wanted)}
@@ -197,7 +197,7 @@ class Jobs:
                     raise not_found("job")
                 jobs = [found[job_id] for job_id in dict.fromkeys(wanted)]
             else:
-                jobs = await store.unfinished_jobs(connection, request.owner_id, SNAPSHOTS_MAX)
+                jobs = await store.current_jobs(connection, request.owner_id, ended_since=request.ended_since, limit=SNAPSHOTS_MAX)
         return list(zip(jobs, await self._messages(jobs), strict=True))
 
     async def _messages(self, jobs: Sequence[Job]) -> list[jobs_pb2.Job]:
@@ -207,7 +207,7 @@ class Jobs:
         progress: dict[uuid.UUID, jobs_pb2.Progress] = {}
         if waiting:
             await self._refresh_models()
-            async with transaction(self._engine) as connection:
+            async with reading(self._engine) as connection:
                 positions = await store.queue_positions(connection, waiting)
         if running:
             try:

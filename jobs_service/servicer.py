@@ -1,7 +1,5 @@
 """JobsService: messages in, domain calls, messages out."""
 
-import base64
-import binascii
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -13,11 +11,8 @@ from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
 from jobs_service.events import EventLog
 from jobs_service.jobs import Jobs
 from jobs_service.watch import Hub, WatchRequest, WatchStream
-from servicekit.errors import invalid
+from servicekit import paging
 from servicekit.identity import current_principal, current_user_id
-
-PAGE_SIZE = 50
-PAGE_SIZE_MAX = 200
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -54,14 +49,16 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         """See the proto."""
+        query = _list_query(request)
+        before = paging.decode_token(request.page_token, query)
         jobs, more = await self._jobs.page(
             _owner(),
-            limit=min(request.page_size or PAGE_SIZE, PAGE_SIZE_MAX),
-            before=_read_page_token(request.page_token),
+            limit=paging.page_limit(request.page_size),
+            before=uuid.UUID(bytes=before) if before else None,
             states=request.states,
             kinds=request.kinds,
         )
-        return jobs_pb2.ListJobsResponse(jobs=jobs, next_page_token=_page_token(more))
+        return jobs_pb2.ListJobsResponse(jobs=jobs, next_page_token=paging.encode_token(more.bytes, query) if more else "")
 
     async def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: Context) -> jobs_pb2.CancelJobResponse:
         """See the proto."""
@@ -85,14 +82,7 @@ def _owner() -> uuid.UUID:
     return uuid.UUID(current_user_id())
 
 
-def _page_token(more: uuid.UUID | None) -> str:
-    return "" if more is None else base64.urlsafe_b64encode(more.bytes).decode().rstrip("=")
-
-
-def _read_page_token(token: str) -> uuid.UUID | None:
-    if not token:
-        return None
-    try:
-        return uuid.UUID(bytes=base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error) as error:
-        raise invalid("page_token", "is not a token of this service") from error
+def _list_query(request: jobs_pb2.ListJobsRequest) -> bytes:
+    """What a page token belongs to: the owner and the filters."""
+    filters = jobs_pb2.ListJobsRequest(states=request.states, kinds=request.kinds)
+    return _owner().bytes + filters.SerializeToString(deterministic=True)

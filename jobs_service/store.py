@@ -8,7 +8,7 @@ import enum
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -168,11 +168,13 @@ async def get_jobs(connection: AsyncConnection, owner_id: uuid.UUID, job_ids: Se
     return await _all(connection, sa.select(jobs).where(jobs.c.owner_id == owner_id, jobs.c.job_id.in_(job_ids)))
 
 
-async def unfinished_jobs(connection: AsyncConnection, owner_id: uuid.UUID, limit: int) -> list[Job]:
-    """The owner's jobs that have not ended, oldest first."""
-    return await _all(
-        connection, sa.select(jobs).where(jobs.c.owner_id == owner_id, jobs.c.state < State.COMPLETED).order_by(jobs.c.job_id).limit(limit)
-    )
+async def current_jobs(connection: AsyncConnection, owner_id: uuid.UUID, *, ended_since: datetime | None, limit: int) -> list[Job]:
+    """The owner's jobs that have not ended, oldest first, then those that ended since that moment."""
+    current = jobs.c.state < State.COMPLETED
+    if ended_since is not None:
+        current |= jobs.c.finish_time >= ended_since
+    order = (jobs.c.state >= State.COMPLETED, jobs.c.job_id)
+    return await _all(connection, sa.select(jobs).where(jobs.c.owner_id == owner_id, current).order_by(*order).limit(limit))
 
 
 async def list_jobs(

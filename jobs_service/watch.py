@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import structlog
 from prometheus_client import Counter, Gauge
@@ -111,12 +112,23 @@ class Hub:
         self.epoch = ""
         self.reading = asyncio.Event()
         """Set while the streams can be read."""
+        self._moved = asyncio.Event()
         self.draining = False
         """Set when the process is told to stop: watches end, so that their clients resume elsewhere."""
 
     def position(self, shard: int) -> Position:
         """Everything up to here has been handed out."""
         return self._positions.get(shard, START)
+
+    async def reach(self, shard: int, position: Position) -> None:
+        """Return when everything up to `position` has been handed out. UNAVAILABLE if that takes longer than 2 s."""
+        try:
+            async with asyncio.timeout(BLOCK_MS / 1000):
+                await self.reading.wait()
+                while self.position(shard) < position:
+                    await self._moved.wait()
+        except TimeoutError:
+            raise unavailable("events are out of reach right now") from None
 
     @contextmanager
     def watching(self, owner_id: uuid.UUID, job_ids: Sequence[str]):
@@ -169,6 +181,8 @@ class Hub:
             # A quiet stream moves on too, or its tokens would grow old without anything having been missed.
             if shard not in full and position < before:
                 self._positions[shard] = before
+        self._moved.set()
+        self._moved = asyncio.Event()
 
     def _hand_out(self, stored: StoredEvent) -> None:
         watchers = self._watchers.get(stored.owner_id)
@@ -198,6 +212,8 @@ class WatchRequest:
     resume_token: str
     expire_time: float | None
     """When the caller's access token ends (Unix time), and the watch with it."""
+    ended_since: datetime | None = None
+    """Watching everything, with a token that is too old to replay from: jobs that ended since then are told too."""
 
 
 Snapshots = Callable[[WatchRequest], Awaitable[list[tuple[Job, jobs_pb2.Job]]]]
@@ -228,15 +244,15 @@ class WatchStream:
         shard = shard_of(request.owner_id)
         token = Token.decode(request.resume_token, owner_id=request.owner_id) if request.resume_token else None
         self._remaining = set(request.job_ids)
-        try:
-            async with asyncio.timeout(BLOCK_MS / 1000):
-                await self._hub.reading.wait()
-        except TimeoutError:
-            raise unavailable("events are out of reach right now") from None
+        # What was published before the snapshots are read lies before their token: resuming there does not repeat it.
+        await self._hub.reach(shard, START if token else await self._log.end(shard))
         with self._hub.watching(request.owner_id, request.job_ids) as watcher, suppress(_AllEndedError):
             until = self._hub.position(shard)
+            honoured = token is not None and self._log.honours(token, self._hub.epoch)
+            if token is not None and not honoured:
+                request = replace(request, ended_since=token.time)
             known = await self._snapshots(request)
-            if token is not None and self._log.honours(token, self._hub.epoch):
+            if token is not None and honoured:
                 first = self._replay(shard, token, until, watcher, known)
             else:
                 first = self._begin(request, until, known)

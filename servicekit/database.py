@@ -62,9 +62,19 @@ async def transaction(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
         await asyncio.shield(asyncio.ensure_future(connection.close()))
 
 
+@asynccontextmanager
+async def reading(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """A connection for queries that need no transaction around them: two round trips less than `transaction`."""
+    connection = await engine.connect()
+    try:
+        yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+    finally:
+        await asyncio.shield(asyncio.ensure_future(connection.close()))
+
+
 async def ping(engine: AsyncEngine) -> None:
     """Raise unless the database answers."""
-    async with transaction(engine) as connection:
+    async with reading(engine) as connection:
         await connection.execute(sa.text("SELECT 1"))
 
 

@@ -110,27 +110,6 @@ def test_only_a_fresh_token_of_a_living_session_of_an_enabled_account_rotates(
     assert (decide_refresh(state) is RefreshDecision.ROTATE) is not (used or expired or over or disabled)
 
 
-@pytest.mark.parametrize(("asked", "given_size"), [(0, 50), (1, 1), (200, 200), (201, 200), (2**31 - 1, 200)])
-def test_page_sizes(asked: int, given_size: int) -> None:
-    assert identity.page_limit(asked) == given_size
-
-
-@given(st.uuids())
-def test_page_tokens_go_there_and_back(last: uuid.UUID) -> None:
-    assert identity.decode_page_token(identity.encode_page_token(last)) == last
-
-
-def test_no_page_token_is_the_first_page() -> None:
-    assert identity.decode_page_token("") is None
-
-
-@pytest.mark.parametrize("token", ["x", "!", "AAAA", "a" * 512, "é", "\0", "AZAABBBBBBBBBBBBBBBBBB=="])
-def test_a_made_up_page_token_is_refused(token: str) -> None:
-    with pytest.raises(MeshError) as caught:
-        identity.decode_page_token(token)
-    assert [field for field, _ in caught.value.violations] == ["page_token"]
-
-
 def settings(**values: object) -> GatewaySettings:
     required: dict[str, object] = {
         "certificates_dir": Path("/c"),

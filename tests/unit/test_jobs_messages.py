@@ -1,21 +1,14 @@
-"""Jobs as messages: receipts, assets, page tokens."""
+"""Jobs as messages: receipts, assets."""
 
-import base64
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
 
-import grpc
-import pytest
 from google.rpc import code_pb2, status_pb2
-from hypothesis import given
-from hypothesis import strategies as st
 
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service.lifecycle import Job, Priority, State
 from jobs_service.messages import job_message, presigned, receipt, state_change
-from jobs_service.servicer import _page_token, _read_page_token  # pyright: ignore[reportPrivateUsage]
-from servicekit.errors import MeshError
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SPEC = jobs_pb2.JobSpec(image=jobs_pb2.ImageSpec(prompt="a tiger"))
@@ -82,31 +75,3 @@ def test_a_change_of_state_carries_the_whole_job():
     assert event.state_change.state == jobs_pb2.STATE_PENDING
     assert event.state_change.job == job_message(JOB, presign, queue_position=3)
     assert event.state_change.job.spec == SPEC
-
-
-@given(st.uuids())
-def test_a_page_token_is_read_back(job_id: uuid.UUID):
-    assert _read_page_token(_page_token(job_id)) == job_id
-
-
-def test_no_page_token_means_the_first_page_and_the_last():
-    assert _page_token(None) == ""
-    assert _read_page_token("") is None
-
-
-@pytest.mark.parametrize(
-    "token",
-    [
-        "x",
-        "====",
-        "ü",
-        "a b",
-        base64.urlsafe_b64encode(b"15 bytes, short").decode(),
-        base64.urlsafe_b64encode(b"17 bytes, long it").decode(),
-    ],
-)
-def test_a_garbled_page_token_is_refused(token: str):
-    with pytest.raises(MeshError) as raised:
-        _read_page_token(token)
-    assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert raised.value.violations[0][0] == "page_token"

@@ -294,7 +294,10 @@ async def test_pages_are_newest_first_without_gap_or_repetition(engine: AsyncEng
         assert await page(9, states=(State.PENDING,)) == [4, 2, 0]
         assert await page(9, states=(State.FAILED, State.COMPLETED), kinds=(jobs_pb2.KIND_IMAGE,)) == [3, 1]
         assert await page(9, kinds=(99,)) == []
-        assert [job.job_id for job in await store.unfinished_jobs(connection, OWNER, 2)] == [mine[0].job_id, mine[2].job_id]
+        assert [job.job_id for job in await store.current_jobs(connection, OWNER, ended_since=None, limit=2)] == [
+            mine[0].job_id,
+            mine[2].job_id,
+        ]
 
 
 async def test_what_is_anothers_is_not_found(engine: AsyncEngine):

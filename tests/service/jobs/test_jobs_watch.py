@@ -5,14 +5,16 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import grpc
 import pytest
 import pytest_asyncio
+import sqlalchemy as sa
 
 from genmesh.jobs.v1 import jobs_pb2
-from jobs_service import store, watch
+from jobs_service import store, tables, watch
 from jobs_service.lifecycle import Job, State
 from jobs_service.watch import SERIALISED, Hub, WatchRequest, WatchStream
 from servicekit.database import transaction
@@ -232,6 +234,27 @@ async def test_an_old_or_foreign_life_of_redis_means_snapshots_again(world: Worl
     await eventually(lambda: _changed(hub, before))
     async with watching(world, hub, [job], token=token) as client:
         assert (await client.next()).snapshot.state == jobs_pb2.STATE_PROCESSING
+
+
+async def test_a_watch_of_everything_learns_what_ended_since_a_token_that_is_too_old(world: World, hub: Hub):
+    job, long_ended = await start(world), await end(world, await start(world))
+    async with watching(world, hub) as client:
+        token = (await client.next()).resume_token
+    before = hub.epoch
+    await end(world, job)
+    await world.client.flushdb()
+    await eventually(lambda: _changed(hub, before))
+    async with transaction(world.engine) as connection:  # by more than the grain of tokens, a millisecond
+        await connection.execute(
+            sa.update(tables.jobs)
+            .where(tables.jobs.c.job_id == long_ended.job_id)
+            .values(finish_time=tables.jobs.c.finish_time - timedelta(hours=1))
+        )
+    async with watching(world, hub, token=token) as client:
+        snapshot = (await client.next()).snapshot
+        assert (snapshot.job_id, snapshot.state) == (str(job.job_id), jobs_pb2.STATE_COMPLETED)
+        another = await start(world)
+        assert (await client.event()).job_id == str(another.job_id), "and nothing of what ended long before"
 
 
 async def _changed(hub: Hub, epoch: str) -> bool:

@@ -1,0 +1,40 @@
+"""Pages of lists, alike in every service: sizes and opaque tokens."""
+
+import hashlib
+
+from jwt.utils import base64url_decode, base64url_encode
+
+from servicekit.errors import invalid
+
+PAGE_SIZE_DEFAULT = 50
+PAGE_SIZE_MAX = 200
+CHECKSUM_BYTES = 4
+
+
+def page_limit(page_size: int) -> int:
+    """Items a page, from a request's `page_size`: 0 means 50, more than 200 means 200."""
+    return min(page_size or PAGE_SIZE_DEFAULT, PAGE_SIZE_MAX)
+
+
+def encode_token(position: bytes, query: bytes) -> str:
+    """The token of the page that follows `position`. It is good for this query (owner, filters …) only."""
+    # Against mistakes, not attacks: what a page shows is decided by the caller and the filters of its own request.
+    checksum = hashlib.blake2b(position + query, digest_size=CHECKSUM_BYTES, person=b"genmesh.page").digest()
+    return base64url_encode(position + checksum).decode()
+
+
+def decode_token(token: str, query: bytes) -> bytes | None:
+    """The position that a page follows; None for the first page.
+
+    Raises INVALID_ARGUMENT for a token that this query never gave: one of another owner or filter, or a damaged one.
+    """
+    if not token:
+        return None
+    try:
+        position = base64url_decode(token)[:-CHECKSUM_BYTES]
+        known = position != b"" and encode_token(position, query) == token
+    except ValueError:
+        known, position = False, b""
+    if not known:
+        raise invalid("page_token", "is not a token that this list gave")
+    return position
