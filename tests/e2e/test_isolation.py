@@ -107,7 +107,8 @@ async def test_page_tokens_of_others_show_nothing_of_theirs(new_user: NewUser, a
         -1
     ] == done.job_id
     eve = await new_user(0)
-    assert list((await eve.call(LIST_JOBS, jobs_pb2.ListJobsRequest(page_token=page.next_page_token))).jobs) == []
+    refusal = await refused(eve.call(LIST_JOBS, jobs_pb2.ListJobsRequest(page_token=page.next_page_token)))
+    assert (refusal.code, refusal.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["page_token"])
 
 
 # --- who is nobody ---------------------------------------------------------------------------------------------------
