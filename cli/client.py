@@ -142,6 +142,7 @@ class Edge:
         self.identity = identity_pb2_grpc.IdentityServiceStub(self._channel)
         self.identity_admin = identity_pb2_grpc.IdentityAdminServiceStub(self._channel)
         self.jobs = jobs_pb2_grpc.JobsServiceStub(self._channel)
+        self.jobs_admin = jobs_pb2_grpc.JobsAdminServiceStub(self._channel)
         self.credits = credits_pb2_grpc.CreditsServiceStub(self._channel)
         self.ledger_admin = credits_pb2_grpc.LedgerAdminServiceStub(self._channel)
         self.models = inference_pb2_grpc.ModelCatalogServiceStub(self._channel)
@@ -336,7 +337,10 @@ class Edge:
                                 continue
                             sequences[event.job_id] = event.sequence
                         yield response
-                        open_jobs.difference_update(_ended(response))
+                        if stands := _state_in(response):
+                            job_id, state = stands
+                            # A failed job that is retried is open again.
+                            (open_jobs.discard if state in TERMINAL else open_jobs.add)(job_id)
                         if job_ids and not open_jobs:
                             return
                 finally:
@@ -394,12 +398,12 @@ def paged(fetch: Callable[[int, str], tuple[Iterable[Item], str]], limit: int) -
             return
 
 
-def _ended(response: jobs_pb2.WatchJobsResponse) -> list[str]:
-    if response.HasField("snapshot") and response.snapshot.state in TERMINAL:
-        return [response.snapshot.job_id]
-    if response.event.HasField("state_change") and response.event.state_change.state in TERMINAL:
-        return [response.event.job_id]
-    return []
+def _state_in(response: jobs_pb2.WatchJobsResponse) -> "tuple[str, jobs_pb2.State.ValueType] | None":
+    if response.HasField("snapshot"):
+        return response.snapshot.job_id, response.snapshot.state
+    if response.event.HasField("state_change"):
+        return response.event.job_id, response.event.state_change.state
+    return None
 
 
 def _authorization(session: Session | None) -> tuple[tuple[str, str], ...]:

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import status_pb2
 from PIL import Image
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
@@ -128,6 +129,16 @@ def entry_word(kind: "credits_pb2.Entry.Kind.ValueType") -> str:
     return _word(credits_pb2.Entry.Kind, kind, "KIND_")
 
 
+def level_word(priority: "jobs_pb2.Priority.ValueType") -> str:
+    """PRIORITY_FREE → `free`."""
+    return _word(jobs_pb2.Priority, priority, "PRIORITY_")
+
+
+def hold_word(hold: "jobs_pb2.DeadLetter.Hold.ValueType") -> str:
+    """HOLD_RELEASED → `released`."""
+    return _word(jobs_pb2.DeadLetter.Hold, hold, "HOLD_")
+
+
 Value = TypeVar("Value", contravariant=True)
 
 
@@ -147,10 +158,47 @@ def prompt_of(job: jobs_pb2.Job) -> str:
     return printable(job.spec.image.prompt)
 
 
+def error_text(error: status_pb2.Status) -> str:
+    """Message and reason of an error."""
+    reason = reason_in(error)[0].removeprefix("ERROR_REASON_").lower().replace("_", " ")
+    return f"{error.message or 'no reason given'}{f' ({reason})' if reason else ''}"
+
+
 def reason_text(job: jobs_pb2.Job) -> str:
     """Why a failed job failed."""
-    reason = reason_in(job.error)[0].removeprefix("ERROR_REASON_").lower().replace("_", " ")
-    return f"{job.error.message or 'no reason given'}{f' ({reason})' if reason else ''}"
+    return error_text(job.error)
+
+
+def waiting_text(job: jobs_pb2.Job) -> str:
+    """What keeps a job from running, in its owner's words; empty when it just waits its turn."""
+    waiting = job.waiting
+    match waiting.reason:
+        case jobs_pb2.Waiting.REASON_NO_WORKER:
+            return waiting.message or "no worker offers its model right now"
+        case jobs_pb2.Waiting.REASON_OWNER_LIMIT:
+            running = waiting.owner_running
+            return f"waits for {'your running job' if running == 1 else f'one of your {running} running jobs'} to end"
+        case jobs_pb2.Waiting.REASON_MODEL_LOADING:
+            return f"{waiting.model or 'its model'} is being loaded"
+        case jobs_pb2.Waiting.REASON_RETRY:
+            return f"attempt {job.attempt} failed, the next one begins after {time_text(waiting.retry_time)}"
+        case _:
+            return ""
+
+
+def waiting_fields(job: jobs_pb2.Job) -> list[tuple[str, str]]:
+    """All that is known of what a job waits for, for `write_fields`."""
+    waiting = job.waiting
+    if not waiting.reason:
+        return []
+    running = f"{waiting.owner_running} of {waiting.owner_limit}" if waiting.owner_limit else str(waiting.owner_running)
+    return [
+        ("waits for", waiting_text(job) or waiting.message),
+        ("waiting reason", _word(jobs_pb2.Waiting.Reason, waiting.reason, "REASON_").replace("_", " ")),
+        ("place in the queue", str(waiting.queue_position or "")),
+        ("your running jobs", running if waiting.owner_running or waiting.owner_limit else ""),
+        ("next attempt", time_text(waiting.retry_time)),
+    ]
 
 
 # Jobs on their way
@@ -180,6 +228,7 @@ class JobView:
                 self.job.state = event.state_change.state
             case "progress":
                 self.job.progress.CopyFrom(event.progress)
+                self.job.ClearField("waiting")
                 self.job.state = jobs_pb2.STATE_PROCESSING  # nothing else makes progress
                 self.job.attempt = event.attempt
                 self.eta_seconds = event.progress.eta_seconds
@@ -197,6 +246,8 @@ class JobView:
         self.job = jobs_pb2.Job()
         self.job.CopyFrom(job)
         self.eta_seconds = job.progress.eta_seconds
+        if job.state == jobs_pb2.STATE_PENDING:
+            self.preview = b""  # of an attempt that came to nothing
 
     @property
     def ended(self) -> bool:
@@ -210,13 +261,15 @@ class JobView:
             parts = ["pending"]
             if job.queue_position:
                 parts.append("next in the queue" if job.queue_position == 1 else f"{job.queue_position} in the queue")
-            if job.waiting.reason == jobs_pb2.Waiting.REASON_NO_WORKER:
-                parts.append(job.waiting.message or "no worker offers its model right now")
+            if held_up := waiting_text(job):
+                parts.append(held_up)
         elif job.state == jobs_pb2.STATE_PROCESSING:
             parts = [_word(jobs_pb2.Stage, job.progress.stage, "STAGE_") if job.progress.stage else "processing"]
             if job.progress.step_count:
                 parts.append(f"step {job.progress.step}/{job.progress.step_count}")
             parts.append(f"{job.progress.percent:.0f} %")
+            if held_up := waiting_text(job):
+                parts.append(held_up)
             if job.attempt > 1:
                 parts.append(f"attempt {job.attempt}")
         else:
@@ -224,6 +277,8 @@ class JobView:
             if job.state == jobs_pb2.STATE_FAILED:
                 parts.append(reason_text(job))
             parts.append(f"charged {credits_text(job.cost_millicredits)}")
+        if job.retry_count and not self.ended:
+            parts.append(f"retry {job.retry_count}")
         if self.eta_seconds > 0 and not self.ended:
             parts.append(f"{seconds_text(self.eta_seconds)} left")
         if self.cancelling and not self.ended:
@@ -281,6 +336,7 @@ class LineDisplay:
         mark = (
             job.state,
             job.attempt,
+            job.retry_count,
             job.progress.stage,
             int(job.progress.percent // 10),
             job.queue_position,

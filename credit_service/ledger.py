@@ -66,9 +66,10 @@ class Balance:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A hold on a user's credits."""
+    """A hold on a user's credits, for a job; a job that is retried has several, one after the other."""
 
     reservation_id: UUID
+    job_id: UUID
     user_id: UUID
     state: State
     amount_millicredits: int
@@ -86,7 +87,7 @@ class Entry:
     account: Account
     amount_millicredits: int
     balance_after_millicredits: int
-    reservation_id: UUID | None
+    job_id: UUID | None
     reason: str | None
     create_time: datetime
 

@@ -96,6 +96,7 @@ class LedgerServicer(pb_grpc.LedgerServiceServicer):
             answer = await store.reserve(
                 connection,
                 reservation_id=UUID(request.reservation_id),
+                job_id=UUID(request.job_id or request.reservation_id),
                 user_id=UUID(request.user_id),
                 amount_millicredits=request.amount_millicredits,
                 ttl=request.ttl.ToTimedelta(),
@@ -131,6 +132,7 @@ def _reservation(reservation: ledger.Reservation) -> pb.Reservation:
         state=_STATES[reservation.state],
         amount_millicredits=reservation.amount_millicredits,
         captured_millicredits=reservation.captured_millicredits,
+        job_id=str(reservation.job_id),
     )
     message.expire_time.FromDatetime(reservation.expire_time)
     message.create_time.FromDatetime(reservation.create_time)
@@ -146,7 +148,7 @@ def _entry(entry: ledger.Entry) -> pb.Entry:
         account=_ACCOUNTS[entry.account],
         amount_millicredits=entry.amount_millicredits,
         balance_after_millicredits=entry.balance_after_millicredits,
-        job_id=str(entry.reservation_id) if entry.reservation_id else "",
+        job_id=str(entry.job_id) if entry.job_id else "",
         reason=entry.reason or "",
         create_time=create_time,
     )

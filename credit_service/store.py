@@ -25,7 +25,7 @@ from credit_service.ledger import (
 from credit_service.tables import accounts, entries, events, grants, reservations
 
 _GRANT = sa.text("SELECT * FROM credits.grant_credits(:actor_id, :request_id, :user_id, :amount, :reason)")
-_RESERVE = sa.text("SELECT * FROM credits.reserve(:reservation_id, :user_id, :amount, :ttl)")
+_RESERVE = sa.text("SELECT * FROM credits.reserve(:reservation_id, :job_id, :user_id, :amount, :ttl)")
 _CAPTURE = sa.text("SELECT * FROM credits.capture(:reservation_id, :amount)")
 _RELEASE = sa.text("SELECT * FROM credits.release(:reservation_id)")
 _EXPIRE_DUE = sa.text("SELECT credits.expire_due(:limit)")
@@ -42,10 +42,10 @@ async def grant(
 
 
 async def reserve(
-    connection: AsyncConnection, *, reservation_id: UUID, user_id: UUID, amount_millicredits: int, ttl: timedelta
+    connection: AsyncConnection, *, reservation_id: UUID, job_id: UUID, user_id: UUID, amount_millicredits: int, ttl: timedelta
 ) -> ReservationAnswer:
     """Hold credits; the same request again shows the reservation as it stands by then."""
-    parameters = {"reservation_id": reservation_id, "user_id": user_id, "amount": amount_millicredits, "ttl": ttl}
+    parameters = {"reservation_id": reservation_id, "job_id": job_id, "user_id": user_id, "amount": amount_millicredits, "ttl": ttl}
     return _answer((await connection.execute(_RESERVE, parameters)).one())
 
 
@@ -91,18 +91,19 @@ async def list_entries(connection: AsyncConnection, query: EntryQuery, *, before
             entries.c.account,
             entries.c.amount_millicredits,
             entries.c.balance_after_millicredits,
-            events.c.reservation_id,
+            reservations.c.job_id,
             grants.c.reason,
             events.c.create_time,
         )
         .join(events, entries.c.event_id == events.c.event_id)
+        .outerjoin(reservations, reservations.c.reservation_id == events.c.reservation_id)
         .outerjoin(grants, grants.c.event_id == events.c.event_id)
         .where(entries.c.user_id == query.user_id)
         .order_by(entries.c.entry_id.desc())
         .limit(limit)
     )
     if query.job_id is not None:
-        statement = statement.where(events.c.reservation_id == query.job_id)
+        statement = statement.where(reservations.c.job_id == query.job_id)
     if before is not None:
         statement = statement.where(entries.c.entry_id < before)
     return [
@@ -112,7 +113,7 @@ async def list_entries(connection: AsyncConnection, query: EntryQuery, *, before
             account=Account(row.account),
             amount_millicredits=row.amount_millicredits,
             balance_after_millicredits=row.balance_after_millicredits,
-            reservation_id=row.reservation_id,
+            job_id=row.job_id,
             reason=row.reason,
             create_time=row.create_time,
         )
@@ -131,6 +132,7 @@ def _answer(row: "sa.Row[tuple[object, ...]]") -> ReservationAnswer:
 def _reservation(row: "sa.Row[tuple[object, ...]]") -> Reservation:
     return Reservation(
         reservation_id=row.reservation_id,
+        job_id=row.job_id,
         user_id=row.user_id,
         state=State(row.state),
         amount_millicredits=row.amount_millicredits,

@@ -38,6 +38,7 @@ reservations = sa.Table(
     sa.Column("expire_time", _timestamp, nullable=False),
     sa.Column("create_time", _timestamp, nullable=False),
     sa.Column("settle_time", _timestamp),
+    sa.Column("job_id", sa.Uuid, nullable=False),
 )
 
 events = sa.Table(

@@ -4,6 +4,7 @@ SQL itself lives in each service's `store.py`.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -22,6 +23,7 @@ from servicekit.settings import DatabaseSettings
 
 CONNECT_TIMEOUT_S = 2.0
 RETRY_AFTER_S = 0.5
+MIGRATION_LOCK_POLL_S = 0.1
 
 
 def create_engine(settings: DatabaseSettings, *, schema: str, application: str) -> AsyncEngine:
@@ -120,28 +122,49 @@ def run_script(migration: str) -> None:
     """
     from alembic import op
 
-    script = Path(migration).with_suffix(".sql").read_text(encoding="utf-8")
     # SQLAlchemy prepares every statement, and PostgreSQL prepares only one at a time; the driver itself takes a script whole.
     connection: Any = op.get_bind().connection.dbapi_connection
-    connection.run_async(lambda driver: driver.execute(script))
+    connection.run_async(lambda driver: driver.execute(_script(migration)))
+
+
+def run_script_outside_transaction(migration: str) -> None:
+    """Run the SQL beside a revision statement by statement, each on its own: for CREATE INDEX CONCURRENTLY, which must not hold up
+    writers. What it makes it makes IF NOT EXISTS, as a revision that fails half-way is run again. No `;` but between statements."""
+    from alembic import op
+
+    with op.get_context().autocommit_block():
+        for statement in _script(migration).split(";"):
+            if statement.strip():
+                op.get_bind().exec_driver_sql(statement)
+
+
+def _script(migration: str) -> str:
+    return Path(migration).with_suffix(".sql").read_text(encoding="utf-8")
 
 
 def run_migrations(context: Any) -> None:
-    """Body of every service's `migrations/env.py`: online, one transaction, under an advisory lock."""
+    """Body of every service's `migrations/env.py`: online, a transaction a revision, under an advisory lock."""
     attributes = context.config.attributes
     schema: str = attributes["schema"]
 
     def upgrade(connection: sa.Connection) -> None:
-        connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"genmesh.migrate.{schema}"})
+        # The session's lock and path, not a transaction's: every revision has a transaction of its own. Both end with the connection.
+        # Asked again and again, not waited for: CREATE INDEX CONCURRENTLY waits for every statement under way, a waiting one included.
+        lock = sa.text("SELECT pg_try_advisory_lock(hashtext(:name))")
+        while not connection.execute(lock, {"name": f"genmesh.migrate.{schema}"}).scalar_one():
+            connection.commit()
+            time.sleep(MIGRATION_LOCK_POLL_S)
         connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
-        connection.execute(sa.text(f"SET LOCAL search_path TO {schema}"))
-        context.configure(connection=connection, version_table_schema=schema)
-        context.run_migrations()
+        connection.execute(sa.text(f"SET search_path TO {schema}"))
+        connection.commit()
+        context.configure(connection=connection, version_table_schema=schema, transaction_per_migration=True)
+        with context.begin_transaction():
+            context.run_migrations()
 
     async def main() -> None:
         engine = create_async_engine(attributes["database_url"])
         try:
-            async with engine.begin() as connection:
+            async with engine.connect() as connection:
                 await connection.run_sync(upgrade)
         finally:
             await engine.dispose()

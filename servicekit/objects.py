@@ -1,9 +1,11 @@
-"""Media in S3: put, presign, delete. boto3 is synchronous; calls run in a bounded pool of threads."""
+"""Media in S3: put, presign, list, delete. boto3 is synchronous; calls run in a bounded pool of threads."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import boto3
 from botocore.config import Config
@@ -16,10 +18,36 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 THREADS = 4
+PAGE_MAX = 1000
+"""Objects a request may list or delete: what S3 allows."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object as a listing shows it."""
+
+    key: str
+    size_bytes: int
+    modified_time: datetime
+    """By the store's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Part of a listing."""
+
+    objects: Sequence[StoredObject]
+    more: bool
+    """Whether objects come after the last one."""
 
 
 class ObjectStore:
-    """A bucket. Use as a context manager, so that its threads end with it."""
+    """A bucket. Use as a context manager, so that its threads end with it.
+
+    What the store refuses, and a store out of reach, is UNAVAILABLE (STORE_FAILED).
+    """
 
     def __init__(self, settings: ObjectSettings) -> None:
         self._bucket = settings.s3_bucket
@@ -37,26 +65,39 @@ class ObjectStore:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def put(self, key: str, body: bytes, content_type: str) -> None:
-        """Store an object, replacing one of the same key. UNAVAILABLE (STORE_FAILED) when the store refuses."""
+        """Store an object, replacing one of the same key."""
+        await self._call(
+            lambda: self._client.put_object(Bucket=self._bucket, Key=key, Body=body, ContentType=content_type),
+            "the media could not be stored",
+        )
 
-        def call() -> None:
-            self._client.put_object(Bucket=self._bucket, Key=key, Body=body, ContentType=content_type)
-
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._threads, call)
-        except (BotoCoreError, ClientError) as error:
-            refusal = unavailable("the media could not be stored")
-            refusal.reason = Reason.ERROR_REASON_STORE_FAILED
-            raise refusal from error
+    async def list(self, prefix: str, *, after: str = "") -> Page:
+        """Objects whose keys begin with `prefix` and come after a key (it need not exist), in the order of keys: up to 1,000."""
+        reply = await self._call(
+            lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_MAX),
+            "the media could not be listed",
+        )
+        objects = [StoredObject(found["Key"], found["Size"], found["LastModified"]) for found in reply.get("Contents", ())]  # pyright: ignore[reportTypedDictNotRequiredAccess]  # S3 always says them
+        return Page(objects, bool(objects) and reply.get("IsTruncated", False))
 
     async def delete(self, *keys: str) -> None:
-        """Remove objects; those that do not exist are no error."""
+        """Remove objects, 1,000 a request; those that do not exist are no error."""
+        for start in range(0, len(keys), PAGE_MAX):
+            await self._call(lambda batch=keys[start : start + PAGE_MAX]: self._delete(batch), "the media could not be deleted")
 
-        def call() -> None:
-            for key in keys:
-                self._client.delete_object(Bucket=self._bucket, Key=key)
+    def _delete(self, keys: Sequence[str]) -> None:
+        reply = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True})
+        # Success says only that the request was understood: each key has its own outcome.
+        for refused in reply.get("Errors", ()):
+            raise ClientError({"Error": {"Code": refused.get("Code", ""), "Message": refused.get("Message", "")}}, "DeleteObjects")
 
-        await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    async def _call(self, call: Callable[[], T], failure: str) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        except (BotoCoreError, ClientError) as error:
+            refusal = unavailable(failure)
+            refusal.reason = Reason.ERROR_REASON_STORE_FAILED
+            raise refusal from error
 
     async def ping(self) -> None:
         """Raise unless the bucket can be reached."""

@@ -229,7 +229,10 @@ def check_completed(job: jobs_pb2.Job) -> None:
     """Raise CommandError for a job that failed or was cancelled."""
     charged = f"charged {credits_text(job.cost_millicredits)}" if job.cost_millicredits else "nothing was charged"
     if job.state == jobs_pb2.STATE_FAILED:
-        raise CommandError(f"the job failed: {reason_text(job)}", f"{charged}; `genmesh jobs show {job.job_id}` tells more")
+        raise CommandError(
+            f"the job failed: {reason_text(job)}",
+            f"{charged}; `genmesh jobs show {job.job_id}` tells more, `genmesh jobs retry {job.job_id}` runs it again",
+        )
     if job.state == jobs_pb2.STATE_CANCELLED:
         raise CommandError(f"the job was cancelled, {charged}", code=ExitCode.CANCELLED)
 

@@ -1,9 +1,10 @@
-"""Jobs that stand: list, show, cancel, download, watch."""
+"""Jobs that stand: list, show, cancel, retry, delete, download, watch."""
 
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import grpc
 import typer
 from rich.console import Console
 
@@ -11,7 +12,7 @@ from cli.client import paged
 from cli.commands import EdgeOption, JsonOption, LimitOption, interrupts, open_edge
 from cli.commands.generate import check_completed, save
 from cli.download import check_target
-from cli.failures import CommandError
+from cli.failures import CommandError, failure_of
 from cli.output import (
     JobView,
     JobViews,
@@ -22,6 +23,7 @@ from cli.output import (
     reason_text,
     state_word,
     time_text,
+    waiting_fields,
     write_fields,
     write_json,
     write_table,
@@ -98,6 +100,7 @@ def show(job_id: JobArgument, edge: EdgeOption = None, json_output: JsonOption =
         [
             ("job", job.job_id),
             ("state", JobView(job).describe()),
+            *waiting_fields(job),
             ("error", reason_text(job) if job.state == jobs_pb2.STATE_FAILED else ""),
             ("prompt", prompt_of(job)),
             ("avoid", image.negative_prompt),
@@ -110,7 +113,10 @@ def show(job_id: JobArgument, edge: EdgeOption = None, json_output: JsonOption =
             ("agreed price", credits_text(job.estimated_cost_millicredits)),
             ("charged", credits_text(job.cost_millicredits) if job.finish_time.seconds else ""),
             ("steps done", f"{receipt.steps_done} of {receipt.steps_agreed}" if receipt.steps_agreed else ""),
+            ("price a step", credits_text(receipt.step_price_millicredits) if receipt.step_price_millicredits else ""),
+            ("given back", credits_text(receipt.released_millicredits) if receipt.released_millicredits else ""),
             ("worker", f"{job.worker_id}, attempt {job.attempt}" if job.attempt else ""),
+            ("retried", f"{job.retry_count} {'time' if job.retry_count == 1 else 'times'}" if job.retry_count else ""),
             ("created", time_text(job.create_time)),
             ("started", time_text(job.start_time)),
             ("ended", time_text(job.finish_time)),
@@ -130,6 +136,60 @@ def cancel_job(job_id: JobArgument, edge: EdgeOption = None, json_output: JsonOp
         print(f"cancelled, charged {credits_text(job.cost_millicredits)}")
     else:
         print("stopping: it ends within one step")
+
+
+@group.command("retry")
+def retry_job(job_id: JobArgument, edge: EdgeOption = None, json_output: JsonOption = False) -> None:
+    """Put a failed job back into the queue. Its agreed price is held anew."""
+    with open_edge(edge) as client:
+        job = client.call(client.jobs.RetryJob, jobs_pb2.RetryJobRequest(job_id=job_id)).job
+    if json_output:
+        write_json(job)
+    else:
+        print(f"in the queue again, at most {credits_text(job.estimated_cost_millicredits)}; follow it with `genmesh watch {job_id}`")
+
+
+@group.command("delete")
+def delete_jobs(
+    job_ids: Annotated[list[str], typer.Argument(metavar="JOB...", help="Ids of jobs that have ended.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    edge: EdgeOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove jobs that have ended, with what they made, for good. Your ledger entries stay."""
+    wanted = list(dict.fromkeys(job_ids))
+    if not yes:
+        what = "this job" if len(wanted) == 1 else f"these {len(wanted)} jobs"
+        typer.confirm(f"Delete {what} and the media for good?", abort=True, err=True)
+    refused: list[tuple[str, CommandError]] = []
+    with open_edge(edge) as client:
+        for job_id in wanted:
+            try:
+                receipt = client.call(client.jobs.DeleteJob, jobs_pb2.DeleteJobRequest(job_id=job_id)).receipt
+            except grpc.RpcError as error:
+                refused.append((job_id, failure_of(error)))
+                continue
+            if json_output:
+                write_json(receipt)
+            else:
+                print(_receipt_text(receipt))
+    if not refused:
+        return
+    first = refused[0][1]
+    if len(wanted) == 1:
+        raise first
+    raise CommandError(
+        f"{len(refused)} of {len(wanted)} jobs were not deleted",
+        first.advice,
+        code=first.code,
+        notes=tuple(f"{job_id}: {failure.message}" for job_id, failure in refused),
+    )
+
+
+def _receipt_text(receipt: jobs_pb2.DeletionReceipt) -> str:
+    files = f"{receipt.object_count} {'file' if receipt.object_count == 1 else 'files'}, {receipt.size_bytes} bytes"
+    later = "; files remain while the store is away, and are removed as soon as it is back" if receipt.media_pending else ""
+    return f"deleted {receipt.job_id} with {files}{later}"
 
 
 @group.command()

@@ -38,6 +38,7 @@ JOB_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
 USER_ID = "01890a5d-ac96-774b-bcce-b302099a8058"
 EMAIL = "ann@example.com"
 PASSWORD = "correct horse battery"
+FINGERPRINT = "0123456789abcdef"
 PICTURE = b"\x89PNG not really, but bytes are bytes" * 1000
 WAIT_S = 60  # the longest that a test waits for a signal; it takes a moment on an idle machine
 
@@ -49,6 +50,7 @@ class FakeEdge(
     identity_pb2_grpc.IdentityServiceServicer,
     identity_pb2_grpc.IdentityAdminServiceServicer,
     jobs_pb2_grpc.JobsServiceServicer,
+    jobs_pb2_grpc.JobsAdminServiceServicer,
     credits_pb2_grpc.CreditsServiceServicer,
     credits_pb2_grpc.LedgerAdminServiceServicer,
 ):
@@ -72,6 +74,11 @@ class FakeEdge(
         self.cancelled = threading.Event()
         self.cancel_asked = threading.Event()
         self.stubborn = False
+        self.delete_asked: list[str] = []
+        self.pools: list[jobs_pb2.PoolStats] = []
+        self.letters_asked: list[jobs_pb2.ListDeadLettersRequest] = []
+        self.requeue_asked: list[jobs_pb2.RequeueDeadLetterRequest] = []
+        self.requeued = jobs_pb2.RequeueDeadLetterResponse()
         self.url = ""
 
     # Identity
@@ -172,6 +179,63 @@ class FakeEdge(
         self.cancelled.set()
         return jobs_pb2.CancelJobResponse(job=self.job)
 
+    def RetryJob(self, request: jobs_pb2.RetryJobRequest, context: grpc.ServicerContext) -> jobs_pb2.RetryJobResponse:
+        self._check(context)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        if self.job.state != jobs_pb2.STATE_FAILED:
+            refuse(context, precondition(Reason.ERROR_REASON_JOB_NOT_FAILED, "the job has not failed", {"state": "STATE_PENDING"}))
+        self.job.state = jobs_pb2.STATE_PENDING
+        self.job.retry_count += 1
+        return jobs_pb2.RetryJobResponse(job=self.job)
+
+    def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: grpc.ServicerContext) -> jobs_pb2.DeleteJobResponse:
+        self._check(context)
+        self.delete_asked.append(request.job_id)
+        if request.job_id == JOB_ID:
+            refuse(context, precondition(Reason.ERROR_REASON_JOB_NOT_TERMINAL, "the job has not ended", {"state": "STATE_PENDING"}))
+        receipt = jobs_pb2.DeletionReceipt(job_id=request.job_id, object_count=2, size_bytes=12345, media_pending=request.job_id == "b")
+        return jobs_pb2.DeleteJobResponse(receipt=receipt)
+
+    # What operators see of the jobs
+
+    def GetQueueStats(self, request: jobs_pb2.GetQueueStatsRequest, context: grpc.ServicerContext) -> jobs_pb2.GetQueueStatsResponse:
+        self._check(context)
+        return jobs_pb2.GetQueueStatsResponse(pools=self.pools)
+
+    def ListDeadLetters(self, request: jobs_pb2.ListDeadLettersRequest, context: grpc.ServicerContext) -> jobs_pb2.ListDeadLettersResponse:
+        self._check(context)
+        self.letters_asked.append(request)
+        # 300 failed jobs; the token is the number of the first one of the page.
+        first = int(request.page_token or 0)
+        last = min(first + min(request.page_size or 50, 200), 300)
+        letters = [
+            jobs_pb2.DeadLetter(
+                job_id=str(number),
+                owner_id=USER_ID,
+                model="sd-tiny",
+                reason="ERROR_REASON_STORE_FAILED",
+                message="the store is\x1b[2J away",
+                fingerprint=FINGERPRINT,
+                attempt=3,
+                retry_count=1,
+                worker_id="w1",
+                hold=jobs_pb2.DeadLetter.HOLD_RELEASED,
+                estimated_cost_millicredits=20,
+            )
+            for number in range(first, last)
+        ]
+        return jobs_pb2.ListDeadLettersResponse(dead_letters=letters, next_page_token=str(last) if last < 300 else "")
+
+    def RequeueDeadLetter(
+        self, request: jobs_pb2.RequeueDeadLetterRequest, context: grpc.ServicerContext
+    ) -> jobs_pb2.RequeueDeadLetterResponse:
+        self._check(context)
+        self.requeue_asked.append(request)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        return self.requeued
+
     def WatchJobs(self, request: jobs_pb2.WatchJobsRequest, context: grpc.ServicerContext) -> Iterator[jobs_pb2.WatchJobsResponse]:
         self._check(context)
         self.watched.append(request)
@@ -220,6 +284,7 @@ def fake() -> Generator[FakeEdge]:
         identity_pb2_grpc.add_IdentityServiceServicer_to_server(edge, server)
         identity_pb2_grpc.add_IdentityAdminServiceServicer_to_server(edge, server)
         jobs_pb2_grpc.add_JobsServiceServicer_to_server(edge, server)
+        jobs_pb2_grpc.add_JobsAdminServiceServicer_to_server(edge, server)
         credits_pb2_grpc.add_CreditsServiceServicer_to_server(edge, server)
         credits_pb2_grpc.add_LedgerAdminServiceServicer_to_server(edge, server)
         edge.url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -440,12 +505,20 @@ def test_no_edge_is_told_at_once(genmesh: Callable[..., Result]) -> None:
         ["admin", "grant", "nobody", "1", "--reason", "x"],
         ["whoami", "--edge", "127.0.0.1:8080"],
         ["jobs", "list", "--state", "lost"],
+        ["jobs", "delete"],
+        ["admin", "dead-letters", "--reason", "bad luck"],
+        ["admin", "requeue"],
+        ["admin", "requeue", JOB_ID, "--fingerprint", FINGERPRINT],
+        ["admin", "requeue", JOB_ID, "--max", "3"],
+        ["admin", "requeue", "--fingerprint", FINGERPRINT, "--max", "1001"],
     ],
 )
 def test_bad_input_is_usage_and_reaches_nobody(signed_in: Callable[..., Result], fake: FakeEdge, arguments: list[str]) -> None:
     assert signed_in(*arguments).exit_code == ExitCode.USAGE
     assert not fake.created
     assert not fake.granted
+    assert not fake.requeue_asked
+    assert not fake.letters_asked
 
 
 def test_an_unknown_job_is_not_found(signed_in: Callable[..., Result]) -> None:
@@ -585,6 +658,161 @@ def test_a_second_ctrl_c_leaves_a_job_that_does_not_stop(
     assert f"genmesh jobs show {JOB_ID}" in errors
 
 
+# Failed jobs again, ended jobs gone
+
+
+def test_a_failed_job_goes_back_and_any_other_does_not(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    refused = signed_in("jobs", "retry", JOB_ID)
+    assert refused.exit_code == ExitCode.FAILED
+    assert "the job has not failed" in refused.stderr
+    assert "genmesh jobs show" in refused.stderr
+    fake.job.state = jobs_pb2.STATE_FAILED
+    fake.refusals.append(unavailable("restarting", 0.01))
+    result = signed_in("jobs", "retry", JOB_ID)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"in the queue again, at most 0.02 credits; follow it with `genmesh watch {JOB_ID}`\n"
+    fake.job.state = jobs_pb2.STATE_FAILED
+    assert json.loads(signed_in("jobs", "retry", JOB_ID, "--json").stdout)["retryCount"] == 2
+    fake.refusals.append(precondition(Reason.ERROR_REASON_INSUFFICIENT_CREDITS, "20 needed, 0 there"))
+    assert signed_in("jobs", "retry", JOB_ID).exit_code == ExitCode.CREDITS
+
+
+def test_show_itemises_what_a_job_waits_for_and_what_it_cost(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    waiting = fake.job.waiting
+    waiting.reason, waiting.queue_position, waiting.owner_running, waiting.owner_limit = jobs_pb2.Waiting.REASON_OWNER_LIMIT, 3, 2, 2
+    fake.job.retry_count = 1
+    shown = dict(line.split("  ", 1) for line in signed_in("jobs", "show", JOB_ID).stdout.splitlines())
+    assert {
+        name: shown[name].strip() for name in ("waiting reason", "waits for", "place in the queue", "your running jobs", "retried")
+    } == {
+        "waiting reason": "owner limit",
+        "waits for": "waits for one of your 2 running jobs to end",
+        "place in the queue": "3",
+        "your running jobs": "2 of 2",
+        "retried": "1 time",
+    }
+    fake.job.ClearField("waiting")
+    fake.job.state, fake.job.cost_millicredits, fake.job.finish_time.seconds = jobs_pb2.STATE_CANCELLED, 5, 1
+    fake.job.receipt.CopyFrom(
+        jobs_pb2.Receipt(steps_done=5, steps_agreed=20, step_price_millicredits=1, captured_millicredits=5, released_millicredits=15)
+    )
+    shown = dict(line.split("  ", 1) for line in signed_in("jobs", "show", JOB_ID).stdout.splitlines())
+    assert {name: shown[name].strip() for name in ("charged", "steps done", "price a step", "given back")} == {
+        "charged": "0.005 credits",
+        "steps done": "5 of 20",
+        "price a step": "0.001 credits",
+        "given back": "0.015 credits",
+    }
+    assert "waits for" not in shown
+
+
+def test_deleting_asks_first(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    for answer in ("n\n", ""):  # the second: nobody is there to answer
+        assert signed_in("jobs", "delete", "a", "b", stdin=answer).exit_code == 1
+    assert not fake.delete_asked
+    result = signed_in("jobs", "delete", "a", "b", "a", stdin="y\n")
+    assert result.exit_code == 0, result.output
+    assert fake.delete_asked == ["a", "b"]
+    assert "Delete these 2 jobs and the media for good?" in result.stderr
+    assert result.stdout.splitlines()[1:] == [  # the first line is the runner's echo of the answer
+        "deleted a with 2 files, 12345 bytes",
+        "deleted b with 2 files, 12345 bytes; files remain while the store is away, and are removed as soon as it is back",
+    ]
+
+
+def test_one_job_that_cannot_be_deleted_does_not_save_the_others(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    result = signed_in("jobs", "delete", "--yes", JOB_ID, "a", "--json")
+    assert fake.delete_asked == [JOB_ID, "a"]
+    assert result.exit_code == ExitCode.FAILED
+    assert [json.loads(line)["jobId"] for line in result.stdout.splitlines()] == ["a"]
+    assert "1 of 2 jobs were not deleted" in result.stderr
+    assert f"{JOB_ID}: the job has not ended" in result.stderr
+    assert "genmesh jobs cancel" in result.stderr
+    alone = signed_in("jobs", "delete", "--yes", JOB_ID)
+    assert alone.exit_code == ExitCode.FAILED
+    assert "error: the job has not ended" in alone.stderr
+
+
+# The queue and its operators
+
+
+def test_the_queue_is_a_row_for_each_level(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    pool = jobs_pb2.PoolStats(pool="gpu", running_count=3)
+    pool.levels.add(priority=jobs_pb2.PRIORITY_PRO)
+    pool.levels.add(priority=jobs_pb2.PRIORITY_FREE, waiting_count=40, delayed_count=2, owner_count=7, oldest_wait_seconds=75)
+    pool.workers.add(worker_id="w1", slot_count=2, loaded_models=["sd-tiny", "sd-big"])
+    pool.workers.add(worker_id="w2", slot_count=1)
+    fake.pools = [pool, jobs_pb2.PoolStats(pool="video")]
+    assert [line.split("\t") for line in signed_in("admin", "queue").stdout.splitlines()] == [
+        ["gpu", "pro", "0", "0", "0", "", "3", "w1 (2 slots, sd-tiny, sd-big loaded); w2 (1 slot, no model loaded)"],
+        ["gpu", "free", "40", "2", "7", "1 min 15 s", "", ""],
+        ["video", "", "", "", "", "", "0", "none"],
+    ]
+    lines = [json.loads(line) for line in signed_in("admin", "queue", "--json").stdout.splitlines()]
+    assert [line["pool"] for line in lines] == ["gpu", "video"]
+
+
+def test_an_empty_queue_says_so(signed_in: Callable[..., Result]) -> None:
+    result = signed_in("admin", "queue")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no pool has jobs or workers\n")
+
+
+def test_dead_letters_are_listed_by_cause(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    result = signed_in("admin", "dead-letters", "--fingerprint", FINGERPRINT, "--reason", "store-failed", "--limit", "201")
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [row[1] for row in rows] == [str(number) for number in range(201)]
+    assert rows[0][2:] == [
+        *(USER_ID, "sd-tiny", "store_failed", FINGERPRINT, "3", "1", "w1", "0.02 credits", "released", "the store is\ufffd[2J away"),
+    ]
+    assert [(asked.fingerprint, asked.reason, asked.page_token) for asked in fake.letters_asked] == [
+        (FINGERPRINT, "ERROR_REASON_STORE_FAILED", ""),
+        (FINGERPRINT, "ERROR_REASON_STORE_FAILED", "200"),
+    ]
+    assert json.loads(signed_in("admin", "dead-letters", "--json", "--limit", "1").stdout)["fingerprint"] == FINGERPRINT
+    assert (fake.letters_asked[-1].fingerprint, fake.letters_asked[-1].reason) == ("", "")
+
+
+def refusal_of_requeue(job_id: str) -> jobs_pb2.RequeueDeadLetterResponse.Refusal:
+    error = precondition(Reason.ERROR_REASON_INSUFFICIENT_CREDITS, "20 needed, 0 there")
+    return jobs_pb2.RequeueDeadLetterResponse.Refusal(job_id=job_id, error=error.to_status())
+
+
+def test_requeuing_tells_what_went_back_and_what_did_not(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    fake.requeued = jobs_pb2.RequeueDeadLetterResponse(job_ids=["a"], refusals=[refusal_of_requeue("b")])
+    result = signed_in("admin", "requeue", "--fingerprint", FINGERPRINT, "--max", "7")
+    assert result.exit_code == 0, result.output
+    assert [line.split("\t") for line in result.stdout.splitlines()] == [
+        ["a", "in the queue again", ""],
+        ["b", "refused", "20 needed, 0 there (insufficient credits)"],
+    ]
+    (asked,) = fake.requeue_asked
+    assert (asked.WhichOneof("target"), asked.fingerprint, asked.max_count) == ("fingerprint", FINGERPRINT, 7)
+
+
+@pytest.mark.parametrize("json_output", [False, True])
+def test_requeuing_nothing_fails_only_when_something_was_refused(
+    signed_in: Callable[..., Result], fake: FakeEdge, json_output: bool
+) -> None:
+    arguments = ["admin", "requeue", "--fingerprint", FINGERPRINT, *(["--json"] if json_output else [])]
+    result = signed_in(*arguments)
+    assert (result.exit_code, "no failed job has this fingerprint" in result.stderr) == (0, True)
+    fake.requeued = jobs_pb2.RequeueDeadLetterResponse(refusals=[refusal_of_requeue("b")])
+    result = signed_in(*arguments)
+    assert result.exit_code == ExitCode.FAILED
+    assert "20 needed, 0 there" in result.stdout
+    assert "no job went back" in result.stderr
+
+
+def test_requeuing_one_job_is_repeated_and_many_are_not(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    fake.requeued = jobs_pb2.RequeueDeadLetterResponse(job_ids=[JOB_ID])
+    fake.refusals.append(unavailable("restarting", 0.01))
+    assert signed_in("admin", "requeue", JOB_ID).exit_code == 0
+    assert [asked.job_id for asked in fake.requeue_asked] == [JOB_ID, JOB_ID]
+    fake.refusals.append(unavailable("restarting", 0.01))
+    assert signed_in("admin", "requeue", "--fingerprint", FINGERPRINT).exit_code == ExitCode.UNAVAILABLE
+    assert len(fake.requeue_asked) == 3
+
+
 # Watches that break
 
 
@@ -609,6 +837,16 @@ def test_a_watch_resumes_where_it_broke_and_repeats_nothing(fake: FakeEdge, edge
     assert [request.resume_token for request in fake.watched] == ["", "t1", "t2", "t2"]
     assert len(interruptions) == 2
     assert fake.refreshes == 1
+
+
+def test_a_watch_goes_on_with_a_job_that_is_retried_while_another_runs(fake: FakeEdge, edge: Edge) -> None:
+    other = jobs_pb2.Job(job_id=USER_ID, state=jobs_pb2.STATE_PROCESSING)
+    other_ended = jobs_pb2.Job(job_id=USER_ID, state=jobs_pb2.STATE_COMPLETED)
+    again = event(2, state_change=jobs_pb2.StateChange(state=jobs_pb2.STATE_PENDING, job=fake.job))
+    steps = [ended(1, jobs_pb2.STATE_FAILED), again, jobs_pb2.WatchJobsResponse(snapshot=other_ended), ended(3, jobs_pb2.STATE_COMPLETED)]
+    fake.connections.append([jobs_pb2.WatchJobsResponse(snapshot=other), *steps])
+    seen = list(edge.watch([JOB_ID, USER_ID]))
+    assert seen[-1].event.sequence == 3
 
 
 def test_a_watch_that_is_refused_ends(fake: FakeEdge, edge: Edge) -> None:

@@ -26,6 +26,7 @@ from cli.output import (
     parse_size,
     reason_text,
     seconds_text,
+    time_text,
 )
 from genmesh.jobs.v1 import jobs_pb2
 
@@ -146,6 +147,61 @@ def test_a_second_attempt_and_a_missing_worker_are_told() -> None:
     assert JobView(make_job(waiting=waiting)).describe() == "pending, no worker\ufffd[2J offers it"
     running = make_job(state=jobs_pb2.STATE_PROCESSING, attempt=2)
     assert "attempt 2" in JobView(running).describe()
+
+
+@pytest.mark.parametrize(
+    ("waiting", "says"),
+    [
+        (jobs_pb2.Waiting(reason=jobs_pb2.Waiting.REASON_IN_QUEUE, message="2 jobs are before it"), "pending, 3 in the queue"),
+        (
+            jobs_pb2.Waiting(reason=jobs_pb2.Waiting.REASON_OWNER_LIMIT, owner_running=1, owner_limit=1),
+            "pending, 3 in the queue, waits for your running job to end",
+        ),
+        (
+            jobs_pb2.Waiting(reason=jobs_pb2.Waiting.REASON_OWNER_LIMIT, owner_running=2, owner_limit=2),
+            "pending, 3 in the queue, waits for one of your 2 running jobs to end",
+        ),
+        (jobs_pb2.Waiting(reason=99), "pending, 3 in the queue"),  # pyright: ignore[reportArgumentType]  # of a newer release
+    ],
+)
+def test_a_waiting_job_says_what_it_waits_for(waiting: jobs_pb2.Waiting, says: str) -> None:
+    assert JobView(make_job(queue_position=3, waiting=waiting)).describe() == says
+
+
+def test_a_job_between_attempts_says_when_the_next_one_is_due() -> None:
+    waiting = jobs_pb2.Waiting(reason=jobs_pb2.Waiting.REASON_RETRY)
+    waiting.retry_time.FromSeconds(1_800_000_000)
+    job = make_job(attempt=1, waiting=waiting)
+    assert JobView(job).describe() == f"pending, attempt 1 failed, the next one begins after {time_text(waiting.retry_time)}"
+
+
+def test_a_model_that_is_being_loaded_is_told_until_the_first_progress() -> None:
+    waiting = jobs_pb2.Waiting(reason=jobs_pb2.Waiting.REASON_MODEL_LOADING, model="sd-tiny")
+    view = JobView(make_job(state=jobs_pb2.STATE_PROCESSING, attempt=1, waiting=waiting))
+    assert view.describe() == "processing, 0 %, sd-tiny is being loaded"
+    view.apply(event(1, progress=jobs_pb2.Progress(percent=5, stage=jobs_pb2.STAGE_DENOISING)))
+    assert view.describe() == "denoising, 5 %"
+
+
+def test_a_retried_job_starts_over() -> None:
+    written = io.StringIO()
+    display = LineDisplay(Console(file=written))
+    view = JobView(make_job(state=jobs_pb2.STATE_FAILED, attempt=3), preview=jpeg_of((1, 2, 3)))
+    pending = make_job(retry_count=1)
+    view.apply(event(1, state_change=jobs_pb2.StateChange(state=jobs_pb2.STATE_PENDING, job=pending)))
+    display.update(view)
+    assert not view.ended
+    assert view.preview == b""
+    view.apply(event(2, state_change=jobs_pb2.StateChange(state=jobs_pb2.STATE_PENDING, job=make_job(retry_count=2))))
+    display.update(view)
+    done = make_job(state=jobs_pb2.STATE_COMPLETED, retry_count=2, cost_millicredits=20)
+    view.apply(event(3, state_change=jobs_pb2.StateChange(state=jobs_pb2.STATE_COMPLETED, job=done)))
+    display.update(view)
+    assert written.getvalue().splitlines() == [
+        f"{JOB_ID} pending, retry 1",
+        f"{JOB_ID} pending, retry 2",
+        f"{JOB_ID} completed, charged 0.02 credits",
+    ]
 
 
 def test_a_failed_job_says_why() -> None:

@@ -15,7 +15,7 @@ from servicekit.errors import MeshError, Reason, ReasonValue
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 USER = uuid.UUID(int=1)
-HELD = Reservation(uuid.UUID(int=2), USER, State.HELD, 70, 0, MOMENT, MOMENT)
+HELD = Reservation(uuid.UUID(int=2), uuid.UUID(int=3), USER, State.HELD, 70, 0, MOMENT, MOMENT)
 
 Code = grpc.StatusCode
 

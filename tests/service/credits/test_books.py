@@ -1,25 +1,32 @@
 """What PostgreSQL itself guarantees: append-only, balanced, bounded, swept; and that `tables.py` tells the truth about it."""
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from importlib import resources
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from credit_service import store
+from credit_service import app, store
 from credit_service.ledger import Balance, Outcome, State
 from credit_service.tables import SCHEMA, metadata
 from servicekit.database import migrate
 from servicekit.settings import DatabaseSettings
+from tests.service.credits.conftest import Databases
 
 INT64_MAX = 2**63 - 1
 OVERDUE = timedelta(microseconds=1)
 HOUR = timedelta(hours=1)
+OLD_HOLDS = 2500
+"""More than two batches of the migration that fills in their jobs."""
 
 
 @pytest.fixture
@@ -44,7 +51,12 @@ async def grant(connection: AsyncConnection, user_id: uuid.UUID, amount_millicre
 async def hold(connection: AsyncConnection, user_id: uuid.UUID, amount_millicredits: int, ttl: timedelta = HOUR) -> uuid.UUID:
     reservation_id = uuid.uuid4()
     answer = await store.reserve(
-        connection, reservation_id=reservation_id, user_id=user_id, amount_millicredits=amount_millicredits, ttl=ttl
+        connection,
+        reservation_id=reservation_id,
+        job_id=reservation_id,
+        user_id=user_id,
+        amount_millicredits=amount_millicredits,
+        ttl=ttl,
     )
     assert answer.outcome is Outcome.OK
     return reservation_id
@@ -182,3 +194,44 @@ async def test_tables_are_what_the_migrations_make(connection: AsyncConnection):
 def test_migrating_again_changes_nothing(migrated_database: Callable[[], str]):
     settings = DatabaseSettings.model_validate({"database_url": migrated_database()})
     migrate(settings, package="credit_service", schema=SCHEMA)
+
+
+def test_holds_from_before_they_named_their_job_get_the_job_of_their_own_id(postgres: Databases):
+    url = postgres.create_database()
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("credit_service").joinpath("migrations")))
+    config.attributes.update(database_url=url, schema=SCHEMA)
+    settings = DatabaseSettings.model_validate({"database_url": url})
+    command.upgrade(config, "0001")
+    asyncio.run(
+        execute(
+            settings,
+            f"SELECT credits.grant_credits('{uuid.uuid4()}', '{uuid.uuid4()}', '{uuid.UUID(int=1)}', {OLD_HOLDS}, 'test')",
+            # Among them the lowest and the highest id there can be.
+            "SELECT credits.reserve(id, '00000000-0000-0000-0000-000000000001', 1, '1 hour')"
+            f" FROM (SELECT gen_random_uuid() FROM generate_series(3, {OLD_HOLDS})"
+            f" UNION ALL VALUES ('{uuid.UUID(int=0)}'::uuid), ('{uuid.UUID(int=2**128 - 1)}'::uuid)) AS made (id)",
+        )
+    )
+    migrate(settings, package="credit_service", schema=SCHEMA)
+    (counts, discrepancies, left) = asyncio.run(
+        execute(
+            settings,
+            "SELECT count(*), count(*) FILTER (WHERE job_id = reservation_id) FROM credits.reservations",
+            "SELECT count(*), 0 FROM credits.discrepancies",
+            # Neither the procedure that filled the column nor the old signature of reserve stays behind.
+            "SELECT count(*) FILTER (WHERE proname = 'fill_job_ids'), count(*) FILTER (WHERE proname = 'reserve') FROM pg_proc"
+            " WHERE pronamespace = 'credits'::regnamespace",
+        )
+    )[-3:]
+    assert (counts, discrepancies, left) == ((OLD_HOLDS, OLD_HOLDS), (0, 0), (0, 1))
+
+
+async def execute(settings: DatabaseSettings, *statements: str) -> list[tuple[object, ...]]:
+    """The first row of each statement."""
+    engine = app.create_engine(settings)
+    try:
+        async with engine.connect() as connection:
+            return [tuple((await connection.execute(sa.text(statement))).first() or ()) for statement in statements]
+    finally:
+        await engine.dispose()

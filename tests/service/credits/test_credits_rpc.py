@@ -29,9 +29,14 @@ def grant_request(user_id: uuid.UUID, amount_millicredits: int = 500, reason: st
     )
 
 
-def reserve_request(user_id: uuid.UUID, amount_millicredits: int, reservation_id: uuid.UUID | None = None) -> pb.ReserveCreditsRequest:
+def reserve_request(
+    user_id: uuid.UUID, amount_millicredits: int, reservation_id: uuid.UUID | None = None, *, job_id: uuid.UUID | None = None
+) -> pb.ReserveCreditsRequest:
     request = pb.ReserveCreditsRequest(
-        reservation_id=str(reservation_id or uuid.uuid4()), user_id=str(user_id), amount_millicredits=amount_millicredits
+        reservation_id=str(reservation_id or uuid.uuid4()),
+        user_id=str(user_id),
+        amount_millicredits=amount_millicredits,
+        job_id=str(job_id) if job_id else "",
     )
     request.ttl.FromSeconds(3600)
     return request
@@ -194,6 +199,35 @@ async def test_entries_tell_the_story_newest_first(
 
     of_job = await credits_stub.ListEntries(pb.ListEntriesRequest(job_id=str(job)), metadata=metadata)
     assert [entry.entry_id for entry in of_job.entries] == [entry.entry_id for entry in entries if entry.job_id == str(job)]
+
+
+async def test_the_entries_of_a_job_are_those_of_all_its_rounds(
+    credits_stub: "CreditsServiceAsyncStub", ledger_stub: "LedgerServiceAsyncStub", signer: Signer, fund: Fund, user_id: uuid.UUID
+):
+    await fund(user_id, 100)
+    job, first_retry, second_retry = (uuid.uuid4() for _ in range(3))
+    await ledger_stub.ReserveCredits(reserve_request(user_id, 70, job))
+    await ledger_stub.ReleaseReservation(pb.ReleaseReservationRequest(reservation_id=str(job)))
+    await ledger_stub.ReserveCredits(reserve_request(user_id, 70, first_retry, job_id=job))
+    await ledger_stub.ReleaseReservation(pb.ReleaseReservationRequest(reservation_id=str(first_retry)))
+    await ledger_stub.ReserveCredits(reserve_request(user_id, 1))
+    await ledger_stub.ReserveCredits(reserve_request(user_id, 70, second_retry, job_id=job))
+    await ledger_stub.CaptureReservation(pb.CaptureReservationRequest(reservation_id=str(second_retry), amount_millicredits=60))
+
+    metadata = signer.metadata(user_id)
+    kinds: list[pb.Entry.Kind.ValueType] = []
+    token = ""
+    while True:
+        page = await credits_stub.ListEntries(pb.ListEntriesRequest(job_id=str(job), page_size=5, page_token=token), metadata=metadata)
+        assert {entry.job_id for entry in page.entries} == {str(job)}
+        kinds += [entry.kind for entry in page.entries if entry.account == pb.Entry.ACCOUNT_RESERVED]
+        token = page.next_page_token
+        if not token:
+            break
+    hold, release = pb.Entry.KIND_RESERVE, pb.Entry.KIND_RELEASE
+    assert kinds[::-1] == [hold, release, hold, release, hold, pb.Entry.KIND_CAPTURE]
+    of_retry = await credits_stub.ListEntries(pb.ListEntriesRequest(job_id=str(first_retry)), metadata=metadata)
+    assert not of_retry.entries
 
 
 async def test_entries_and_jobs_of_others_do_not_exist(

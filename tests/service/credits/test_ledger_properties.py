@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
@@ -35,6 +35,7 @@ class Hold:
     ttl: timedelta
     state: State = State.HELD
     captured: int = 0
+    job_id: uuid.UUID = field(default_factory=uuid.uuid4)
 
     @property
     def overdue(self) -> bool:
@@ -74,7 +75,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert answer.outcome is outcome
         if answer.reservation is not None:
             shown = answer.reservation
-            assert (shown.reservation_id, shown.user_id) == (hold.reservation_id, self.users[hold.user])
+            assert (shown.reservation_id, shown.job_id, shown.user_id) == (hold.reservation_id, hold.job_id, self.users[hold.user])
             assert (shown.state, shown.amount_millicredits, shown.captured_millicredits) == (hold.state, hold.amount, hold.captured)
 
     @rule(target=grants, user=st.integers(0, 1), amount=st.one_of(st.integers(-1, 1000), st.just(INT64_MAX)))
@@ -120,9 +121,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.all_holds.append(hold)
         return hold
 
-    @rule(hold=holds, change=st.sampled_from(["nothing", "amount", "user", "ttl"]))
+    @rule(hold=holds, change=st.sampled_from(["nothing", "amount", "user", "ttl", "job"]))
     def reserve_again(self, hold: Hold, change: str) -> None:
-        asked = Hold(hold.reservation_id, hold.user, hold.amount, hold.ttl)
+        asked = Hold(hold.reservation_id, hold.user, hold.amount, hold.ttl, job_id=hold.job_id)
         match change:
             case "amount":
                 asked.amount += 1
@@ -130,6 +131,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 asked.user = 1 - asked.user
             case "ttl":
                 asked.ttl += timedelta(seconds=1)
+            case "job":
+                asked.job_id = uuid.uuid4()
             case _:
                 self.look_at(hold)
         self.check(self.do(self.ask_for(asked)), Outcome.OK if change == "nothing" else Outcome.REUSED, hold)
@@ -138,6 +141,7 @@ class LedgerMachine(RuleBasedStateMachine):
         return store.reserve(
             self.connection,
             reservation_id=hold.reservation_id,
+            job_id=hold.job_id,
             user_id=self.users[hold.user],
             amount_millicredits=hold.amount,
             ttl=hold.ttl,

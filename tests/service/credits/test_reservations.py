@@ -26,8 +26,10 @@ OVERDUE = timedelta(microseconds=1)
 """A time to live that is over when the next statement looks: expiry is tested without waiting."""
 
 
-def reserve_request(user_id: uuid.UUID, amount_millicredits: int, *, ttl_s: int = 3600) -> pb.ReserveCreditsRequest:
-    request = pb.ReserveCreditsRequest(reservation_id=str(uuid.uuid4()), user_id=str(user_id), amount_millicredits=amount_millicredits)
+def reserve_request(user_id: uuid.UUID, amount_millicredits: int, *, ttl_s: int = 3600, job_id: str = "") -> pb.ReserveCreditsRequest:
+    request = pb.ReserveCreditsRequest(
+        reservation_id=str(uuid.uuid4()), user_id=str(user_id), amount_millicredits=amount_millicredits, job_id=job_id
+    )
     request.ttl.FromSeconds(ttl_s)
     return request
 
@@ -49,7 +51,12 @@ async def overdue_hold(engine: AsyncEngine, user_id: uuid.UUID, amount_millicred
     reservation_id = uuid.uuid4()
     async with engine.connect() as connection:
         await store.reserve(
-            connection, reservation_id=reservation_id, user_id=user_id, amount_millicredits=amount_millicredits, ttl=OVERDUE
+            connection,
+            reservation_id=reservation_id,
+            job_id=reservation_id,
+            user_id=user_id,
+            amount_millicredits=amount_millicredits,
+            ttl=OVERDUE,
         )
     return str(reservation_id)
 
@@ -65,6 +72,7 @@ async def test_a_hold_moves_credits_aside(ledger_stub: "LedgerServiceAsyncStub",
     request = reserve_request(user_id, 70, ttl_s=600)
     reservation = (await ledger_stub.ReserveCredits(request)).reservation
     assert (reservation.reservation_id, reservation.user_id) == (request.reservation_id, str(user_id))
+    assert reservation.job_id == request.reservation_id
     assert (reservation.state, reservation.amount_millicredits, reservation.captured_millicredits) == (State.STATE_HELD, 70, 0)
     assert reservation.expire_time.ToDatetime() - reservation.create_time.ToDatetime() == timedelta(seconds=600)
     assert await balance_of(user_id) == (30, 70)
@@ -131,13 +139,45 @@ async def test_a_settled_hold_asked_for_again_shows_that_it_is_settled(
 
     reservation_id = uuid.UUID(await overdue_hold(engine, user_id, 70))
     async with engine.connect() as connection:
-        again = await store.reserve(connection, reservation_id=reservation_id, user_id=user_id, amount_millicredits=70, ttl=OVERDUE)
+        again = await store.reserve(
+            connection, reservation_id=reservation_id, job_id=reservation_id, user_id=user_id, amount_millicredits=70, ttl=OVERDUE
+        )
     assert again.reservation is not None
     assert again.reservation.state == "expired"
     assert await balance_of(user_id) == (100, 0)
 
 
-@pytest.mark.parametrize("change", ["amount", "user", "ttl"])
+async def test_every_answer_names_the_job_of_the_hold(ledger_stub: "LedgerServiceAsyncStub", fund: Fund, user_id: uuid.UUID):
+    await fund(user_id, 100)
+    job_id = str(uuid.uuid4())
+    first, again = (reserve_request(user_id, 30, job_id=job_id) for _ in range(2))
+    answers = [
+        await ledger_stub.ReserveCredits(first),
+        await ledger_stub.ReserveCredits(first),
+        await ledger_stub.GetReservation(pb.GetReservationRequest(reservation_id=first.reservation_id)),
+        await ledger_stub.ReleaseReservation(release_request(first.reservation_id)),
+        await ledger_stub.ReserveCredits(again),
+        await ledger_stub.CaptureReservation(capture_request(again.reservation_id, 30)),
+    ]
+    assert [(answer.reservation.reservation_id, answer.reservation.job_id) for answer in answers] == [
+        *[(first.reservation_id, job_id)] * 4,
+        *[(again.reservation_id, job_id)] * 2,
+    ]
+
+
+async def test_a_job_that_is_not_named_is_the_one_with_the_id_of_the_hold(
+    ledger_stub: "LedgerServiceAsyncStub", fund: Fund, balance_of: BalanceOf, user_id: uuid.UUID
+):
+    await fund(user_id, 100)
+    unnamed = reserve_request(user_id, 70)
+    named = pb.ReserveCreditsRequest()
+    named.CopyFrom(unnamed)
+    named.job_id = unnamed.reservation_id
+    assert await ledger_stub.ReserveCredits(unnamed) == await ledger_stub.ReserveCredits(named)
+    assert await balance_of(user_id) == (30, 70)
+
+
+@pytest.mark.parametrize("change", ["amount", "user", "ttl", "job"])
 async def test_an_id_used_for_another_hold_is_refused(
     ledger_stub: "LedgerServiceAsyncStub", fund: Fund, balance_of: BalanceOf, user_id: uuid.UUID, change: str
 ):
@@ -149,6 +189,8 @@ async def test_an_id_used_for_another_hold_is_refused(
             request.amount_millicredits = 7
         case "user":
             request.user_id = str(uuid.uuid4())
+        case "job":
+            request.job_id = str(uuid.uuid4())
         case _:
             request.ttl.FromSeconds(60)
     refusal = await refused(ledger_stub.ReserveCredits(request))
@@ -291,11 +333,19 @@ async def test_what_was_never_reserved_is_not_found(ledger_stub: "LedgerServiceA
 
 
 @pytest.mark.parametrize(
-    ("field", "ttl_s", "amount"),
-    [("ttl", 0, 1), ("ttl", 2592001, 1), ("amount_millicredits", 60, 0), ("amount_millicredits", 60, -5)],
+    ("field", "ttl_s", "amount", "job_id"),
+    [
+        ("ttl", 0, 1, ""),
+        ("ttl", 2592001, 1, ""),
+        ("amount_millicredits", 60, 0, ""),
+        ("amount_millicredits", 60, -5, ""),
+        ("job_id", 60, 1, "mine"),
+    ],
 )
-async def test_bad_holds_name_the_field(ledger_stub: "LedgerServiceAsyncStub", user_id: uuid.UUID, field: str, ttl_s: int, amount: int):
-    refusal = await refused(ledger_stub.ReserveCredits(reserve_request(user_id, amount, ttl_s=ttl_s)))
+async def test_bad_holds_name_the_field(
+    ledger_stub: "LedgerServiceAsyncStub", user_id: uuid.UUID, field: str, ttl_s: int, amount: int, job_id: str
+):
+    refusal = await refused(ledger_stub.ReserveCredits(reserve_request(user_id, amount, ttl_s=ttl_s, job_id=job_id)))
     assert (refusal.code, refusal.fields) == (Code.INVALID_ARGUMENT, (field,))
 
 

@@ -338,8 +338,9 @@ class Reservation(_message.Message):
     CAPTURED_MILLICREDITS_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     reservation_id: _builtins.str
-    """Id of the reservation: the job's id."""
+    """Id of the reservation."""
     user_id: _builtins.str
     """Whose credits."""
     state: Global___Reservation.State.ValueType
@@ -348,6 +349,8 @@ class Reservation(_message.Message):
     """How much was held."""
     captured_millicredits: _builtins.int
     """How much was taken as payment."""
+    job_id: _builtins.str
+    """The job it is for."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When an unsettled hold ends by itself."""
@@ -366,10 +369,11 @@ class Reservation(_message.Message):
         captured_millicredits: _builtins.int = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        job_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_millicredits", b"amount_millicredits", "captured_millicredits", b"captured_millicredits", "create_time", b"create_time", "expire_time", b"expire_time", "reservation_id", b"reservation_id", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_millicredits", b"amount_millicredits", "captured_millicredits", b"captured_millicredits", "create_time", b"create_time", "expire_time", b"expire_time", "job_id", b"job_id", "reservation_id", b"reservation_id", "state", b"state", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -385,12 +389,15 @@ class ReserveCreditsRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     AMOUNT_MILLICREDITS_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     reservation_id: _builtins.str
-    """Id of the reservation: the job's id."""
+    """Id of the reservation: the job's id; another one, derived from it, for each time that the job is retried."""
     user_id: _builtins.str
     """Whose credits."""
     amount_millicredits: _builtins.int
     """How much, at least 1 millicredit."""
+    job_id: _builtins.str
+    """The job it is for; empty: the one whose id is `reservation_id`."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """How long the hold lasts if nobody settles it, by the database's clock; 1 s to 30 days."""
@@ -402,10 +409,11 @@ class ReserveCreditsRequest(_message.Message):
         user_id: _builtins.str = ...,
         amount_millicredits: _builtins.int = ...,
         ttl: _duration_pb2.Duration | None = ...,
+        job_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_millicredits", b"amount_millicredits", "reservation_id", b"reservation_id", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_millicredits", b"amount_millicredits", "job_id", b"job_id", "reservation_id", b"reservation_id", "ttl", b"ttl", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet)."""
     ERROR_REASON_MODEL_BUSY: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION: the model runs a job; unload it when the job has ended. Metadata: `model`."""
+    ERROR_REASON_JOB_NOT_FAILED: _ErrorReason.ValueType  # 31
+    """FAILED_PRECONDITION: only a failed job can be retried. Metadata: `state`."""
+    ERROR_REASON_JOB_NOT_TERMINAL: _ErrorReason.ValueType  # 32
+    """FAILED_PRECONDITION: only a job that has ended can be deleted. Metadata: `state`."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the machine-readable reason of a refusal; clients branch on it, never on the message text."""
@@ -156,4 +160,8 @@ ERROR_REASON_NOT_OFFERED: ErrorReason.ValueType  # 29
 """UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet)."""
 ERROR_REASON_MODEL_BUSY: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION: the model runs a job; unload it when the job has ended. Metadata: `model`."""
+ERROR_REASON_JOB_NOT_FAILED: ErrorReason.ValueType  # 31
+"""FAILED_PRECONDITION: only a failed job can be retried. Metadata: `state`."""
+ERROR_REASON_JOB_NOT_TERMINAL: ErrorReason.ValueType  # 32
+"""FAILED_PRECONDITION: only a job that has ended can be deleted. Metadata: `state`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

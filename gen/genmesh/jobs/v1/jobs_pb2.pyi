@@ -41,7 +41,7 @@ class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType
     """Stopped by its owner. Steps done are charged."""
 
 class State(_State, metaclass=_StateEnumTypeWrapper):
-    """State of a job. The last three are final."""
+    """State of a job. The last three are final, but for a failed job that is retried."""
 
 STATE_UNSPECIFIED: State.ValueType  # 0
 """Never sent."""
@@ -285,6 +285,7 @@ class Job(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     FINISH_TIME_FIELD_NUMBER: _builtins.int
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
+    RETRY_COUNT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """UUIDv7."""
     owner_id: _builtins.str
@@ -294,7 +295,7 @@ class Job(_message.Message):
     priority: Global___Priority.ValueType
     """Level it is queued at."""
     attempt: _builtins.int
-    """How often a worker has started it; 0 while it waits for the first time."""
+    """How often a worker has started it; 0 while it waits for the first time. Starts over when a failed job is retried."""
     worker_id: _builtins.str
     """Worker of the newest attempt."""
     estimated_cost_millicredits: _builtins.int
@@ -302,9 +303,13 @@ class Job(_message.Message):
     cost_millicredits: _builtins.int
     """Price charged; set once the job has ended."""
     queue_position: _builtins.int
-    """Place in its queue, 1 is next; 0 when it does not wait."""
+    """Place among the waiting jobs of its level, 1 is next; 0 when it does not wait. Owners are served in turn, so it can
+    grow when other owners submit.
+    """
     cancel_requested: _builtins.bool
     """Whether its owner asked for it to stop."""
+    retry_count: _builtins.int
+    """How often it was put back into the queue after it had failed."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What it makes, with every default resolved, seed included."""
@@ -327,7 +332,7 @@ class Job(_message.Message):
 
     @_builtins.property
     def waiting(self) -> Global___Waiting:
-        """What it waits for, while it waits."""
+        """What it waits for, while it waits for a worker or for its model."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -363,10 +368,11 @@ class Job(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         finish_time: _timestamp_pb2.Timestamp | None = ...,
         cancel_requested: _builtins.bool = ...,
+        retry_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "error", b"error", "finish_time", b"finish_time", "progress", b"progress", "receipt", b"receipt", "spec", b"spec", "start_time", b"start_time", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "attempt", b"attempt", "cancel_requested", b"cancel_requested", "cost_millicredits", b"cost_millicredits", "create_time", b"create_time", "error", b"error", "estimated_cost_millicredits", b"estimated_cost_millicredits", "finish_time", b"finish_time", "job_id", b"job_id", "owner_id", b"owner_id", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "receipt", b"receipt", "spec", b"spec", "start_time", b"start_time", "state", b"state", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assets", b"assets", "attempt", b"attempt", "cancel_requested", b"cancel_requested", "cost_millicredits", b"cost_millicredits", "create_time", b"create_time", "error", b"error", "estimated_cost_millicredits", b"estimated_cost_millicredits", "finish_time", b"finish_time", "job_id", b"job_id", "owner_id", b"owner_id", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "receipt", b"receipt", "retry_count", b"retry_count", "spec", b"spec", "start_time", b"start_time", "state", b"state", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -585,7 +591,7 @@ Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
 class Waiting(_message.Message):
-    """Waiting says what a pending job waits for."""
+    """Waiting says what a job waits for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -598,9 +604,15 @@ class Waiting(_message.Message):
         REASON_UNSPECIFIED: Waiting._Reason.ValueType  # 0
         """Never sent."""
         REASON_IN_QUEUE: Waiting._Reason.ValueType  # 1
-        """Other jobs are before it."""
+        """Other jobs of its level are before it."""
         REASON_NO_WORKER: Waiting._Reason.ValueType  # 2
         """No worker offers its model right now."""
+        REASON_OWNER_LIMIT: Waiting._Reason.ValueType  # 3
+        """As many jobs of its owner run as may run at once."""
+        REASON_MODEL_LOADING: Waiting._Reason.ValueType  # 4
+        """Its model is being loaded by the worker that has it."""
+        REASON_RETRY: Waiting._Reason.ValueType  # 5
+        """An attempt failed; the next one is due at `retry_time`."""
 
     class Reason(_Reason, metaclass=_ReasonEnumTypeWrapper):
         """Reason a job waits."""
@@ -608,25 +620,53 @@ class Waiting(_message.Message):
     REASON_UNSPECIFIED: Waiting.Reason.ValueType  # 0
     """Never sent."""
     REASON_IN_QUEUE: Waiting.Reason.ValueType  # 1
-    """Other jobs are before it."""
+    """Other jobs of its level are before it."""
     REASON_NO_WORKER: Waiting.Reason.ValueType  # 2
     """No worker offers its model right now."""
+    REASON_OWNER_LIMIT: Waiting.Reason.ValueType  # 3
+    """As many jobs of its owner run as may run at once."""
+    REASON_MODEL_LOADING: Waiting.Reason.ValueType  # 4
+    """Its model is being loaded by the worker that has it."""
+    REASON_RETRY: Waiting.Reason.ValueType  # 5
+    """An attempt failed; the next one is due at `retry_time`."""
 
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    QUEUE_POSITION_FIELD_NUMBER: _builtins.int
+    OWNER_RUNNING_FIELD_NUMBER: _builtins.int
+    OWNER_LIMIT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    RETRY_TIME_FIELD_NUMBER: _builtins.int
     reason: Global___Waiting.Reason.ValueType
     """Why it waits."""
     message: _builtins.str
     """The same in words."""
+    queue_position: _builtins.int
+    """Place among the waiting jobs of its level, 1 is next."""
+    owner_running: _builtins.int
+    """Jobs of its owner that run now."""
+    owner_limit: _builtins.int
+    """Jobs of its owner that may run at once; 0: as many as there is room for."""
+    model: _builtins.str
+    """Model it needs."""
+    @_builtins.property
+    def retry_time(self) -> _timestamp_pb2.Timestamp:
+        """When the next attempt is due, after a failed one."""
+
     def __init__(
         self,
         *,
         reason: Global___Waiting.Reason.ValueType = ...,
         message: _builtins.str = ...,
+        queue_position: _builtins.int = ...,
+        owner_running: _builtins.int = ...,
+        owner_limit: _builtins.int = ...,
+        model: _builtins.str = ...,
+        retry_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_time", b"retry_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "model", b"model", "owner_limit", b"owner_limit", "owner_running", b"owner_running", "queue_position", b"queue_position", "reason", b"reason", "retry_time", b"retry_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -739,7 +779,7 @@ class QueueUpdate(_message.Message):
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     ETA_SECONDS_FIELD_NUMBER: _builtins.int
     queue_position: _builtins.int
-    """Place in the queue, 1 is next."""
+    """Place among the waiting jobs of its level, 1 is next."""
     eta_seconds: _builtins.float
     """Estimated seconds until the job ends."""
     def __init__(
@@ -797,7 +837,7 @@ class EstimateJobResponse(_message.Message):
     quote_id: _builtins.str
     """Quote to give to CreateJob: it never charges more than the quote says."""
     queue_position: _builtins.int
-    """Place in the queue the job would get, 1 is next."""
+    """Place among the waiting jobs of its level that the job would get, 1 is next."""
     eta_p50_seconds: _builtins.float
     """Seconds to the end, half of such jobs are faster."""
     eta_p90_seconds: _builtins.float
@@ -885,6 +925,54 @@ class CreateJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateJobResponse: _TypeAlias = CreateJobResponse  # noqa: Y015
+
+@_typing.final
+class BatchCreateJobsRequest(_message.Message):
+    """BatchCreateJobsRequest submits jobs together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateJobRequest]:
+        """The jobs, in the order of the answer; no two with the same `request_id`."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___CreateJobRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCreateJobsRequest: _TypeAlias = BatchCreateJobsRequest  # noqa: Y015
+
+@_typing.final
+class BatchCreateJobsResponse(_message.Message):
+    """BatchCreateJobsResponse has the jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
+        """The accepted jobs, in the order of the requests."""
+
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___Job] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCreateJobsResponse: _TypeAlias = BatchCreateJobsResponse  # noqa: Y015
 
 @_typing.final
 class GetJobRequest(_message.Message):
@@ -1043,6 +1131,544 @@ class CancelJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobResponse: _TypeAlias = CancelJobResponse  # noqa: Y015
+
+@_typing.final
+class RetryJobRequest(_message.Message):
+    """RetryJobRequest names the failed job to run again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryJobRequest: _TypeAlias = RetryJobRequest  # noqa: Y015
+
+@_typing.final
+class RetryJobResponse(_message.Message):
+    """RetryJobResponse has the job after the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job: pending again."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RetryJobResponse: _TypeAlias = RetryJobResponse  # noqa: Y015
+
+@_typing.final
+class DeleteJobRequest(_message.Message):
+    """DeleteJobRequest names the job to remove."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteJobRequest: _TypeAlias = DeleteJobRequest  # noqa: Y015
+
+@_typing.final
+class DeleteJobResponse(_message.Message):
+    """DeleteJobResponse has the receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIPT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def receipt(self) -> Global___DeletionReceipt:
+        """What was removed."""
+
+    def __init__(
+        self,
+        *,
+        receipt: Global___DeletionReceipt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteJobResponse: _TypeAlias = DeleteJobResponse  # noqa: Y015
+
+@_typing.final
+class DeletionReceipt(_message.Message):
+    """DeletionReceipt says what was removed with a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    OBJECT_COUNT_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    MEDIA_PENDING_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    object_count: _builtins.int
+    """Files removed from the media store."""
+    size_bytes: _builtins.int
+    """Their size in all."""
+    media_pending: _builtins.bool
+    """Whether files remain because the store could not be reached: they are removed as soon as it can."""
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was removed."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        object_count: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        media_pending: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delete_time", b"delete_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delete_time", b"delete_time", "job_id", b"job_id", "media_pending", b"media_pending", "object_count", b"object_count", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeletionReceipt: _TypeAlias = DeletionReceipt  # noqa: Y015
+
+@_typing.final
+class GetQueueStatsRequest(_message.Message):
+    """GetQueueStatsRequest asks for all queues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQueueStatsRequest: _TypeAlias = GetQueueStatsRequest  # noqa: Y015
+
+@_typing.final
+class GetQueueStatsResponse(_message.Message):
+    """GetQueueStatsResponse has a line for each pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOLS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolStats]:
+        """The pools, by name."""
+
+    def __init__(
+        self,
+        *,
+        pools: _abc.Iterable[Global___PoolStats] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetQueueStatsResponse: _TypeAlias = GetQueueStatsResponse  # noqa: Y015
+
+@_typing.final
+class PoolStats(_message.Message):
+    """PoolStats is one queue and its workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
+    RUNNING_COUNT_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    """Name of the pool."""
+    running_count: _builtins.int
+    """Jobs that run."""
+    @_builtins.property
+    def levels(self) -> _containers.RepeatedCompositeFieldContainer[Global___LevelStats]:
+        """Its levels, the highest first."""
+
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
+        """Workers that offer models of the pool now."""
+
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        levels: _abc.Iterable[Global___LevelStats] | None = ...,
+        running_count: _builtins.int = ...,
+        workers: _abc.Iterable[Global___Worker] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["levels", b"levels", "pool", b"pool", "running_count", b"running_count", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolStats: _TypeAlias = PoolStats  # noqa: Y015
+
+@_typing.final
+class LevelStats(_message.Message):
+    """LevelStats is one level of a queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    WAITING_COUNT_FIELD_NUMBER: _builtins.int
+    DELAYED_COUNT_FIELD_NUMBER: _builtins.int
+    OWNER_COUNT_FIELD_NUMBER: _builtins.int
+    OLDEST_WAIT_SECONDS_FIELD_NUMBER: _builtins.int
+    priority: Global___Priority.ValueType
+    """The level."""
+    waiting_count: _builtins.int
+    """Jobs that wait for a worker."""
+    delayed_count: _builtins.int
+    """Jobs of them that wait for the time of their next attempt."""
+    owner_count: _builtins.int
+    """Owners that have jobs waiting."""
+    oldest_wait_seconds: _builtins.float
+    """Seconds the oldest has waited since it was submitted; 0 when none waits."""
+    def __init__(
+        self,
+        *,
+        priority: Global___Priority.ValueType = ...,
+        waiting_count: _builtins.int = ...,
+        delayed_count: _builtins.int = ...,
+        owner_count: _builtins.int = ...,
+        oldest_wait_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delayed_count", b"delayed_count", "oldest_wait_seconds", b"oldest_wait_seconds", "owner_count", b"owner_count", "priority", b"priority", "waiting_count", b"waiting_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LevelStats: _TypeAlias = LevelStats  # noqa: Y015
+
+@_typing.final
+class Worker(_message.Message):
+    """Worker is a dispatcher with its inference replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    SLOT_COUNT_FIELD_NUMBER: _builtins.int
+    LOADED_MODELS_FIELD_NUMBER: _builtins.int
+    SEEN_TIME_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    """Name of the worker."""
+    slot_count: _builtins.int
+    """Jobs it runs at once."""
+    @_builtins.property
+    def loaded_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models it has in memory."""
+
+    @_builtins.property
+    def seen_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last said that it is there."""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        slot_count: _builtins.int = ...,
+        loaded_models: _abc.Iterable[_builtins.str] | None = ...,
+        seen_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["seen_time", b"seen_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loaded_models", b"loaded_models", "seen_time", b"seen_time", "slot_count", b"slot_count", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Worker: _TypeAlias = Worker  # noqa: Y015
+
+@_typing.final
+class DeadLetter(_message.Message):
+    """DeadLetter is a failed job as an operator sees it: without its prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Hold:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _HoldEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[DeadLetter._Hold.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        HOLD_UNSPECIFIED: DeadLetter._Hold.ValueType  # 0
+        """Never sent."""
+        HOLD_RELEASING: DeadLetter._Hold.ValueType  # 1
+        """Still held: the release is under way."""
+        HOLD_RELEASED: DeadLetter._Hold.ValueType  # 2
+        """Given back to the owner; a requeue holds it anew."""
+
+    class Hold(_Hold, metaclass=_HoldEnumTypeWrapper):
+        """State of the hold of a failed job."""
+
+    HOLD_UNSPECIFIED: DeadLetter.Hold.ValueType  # 0
+    """Never sent."""
+    HOLD_RELEASING: DeadLetter.Hold.ValueType  # 1
+    """Still held: the release is under way."""
+    HOLD_RELEASED: DeadLetter.Hold.ValueType  # 2
+    """Given back to the owner; a requeue holds it anew."""
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    OWNER_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    RETRY_COUNT_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    FAIL_TIME_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    ESTIMATED_COST_MILLICREDITS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """The job."""
+    owner_id: _builtins.str
+    """Whose job it is."""
+    kind: Global___Kind.ValueType
+    """Kind of job."""
+    model: _builtins.str
+    """Model it asked for."""
+    reason: _builtins.str
+    """Reason of the failure, a name of ErrorReason."""
+    message: _builtins.str
+    """The failure in words."""
+    fingerprint: _builtins.str
+    """Same for failures of the same cause: hash of reason, model and message without its numbers and ids."""
+    attempt: _builtins.int
+    """Attempts made."""
+    retry_count: _builtins.int
+    """How often it was put back into the queue before."""
+    worker_id: _builtins.str
+    """Worker of the last attempt."""
+    hold: Global___DeadLetter.Hold.ValueType
+    """State of its hold."""
+    estimated_cost_millicredits: _builtins.int
+    """Price that a requeue holds."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was submitted."""
+
+    @_builtins.property
+    def fail_time(self) -> _timestamp_pb2.Timestamp:
+        """When it failed."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        owner_id: _builtins.str = ...,
+        kind: Global___Kind.ValueType = ...,
+        model: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        retry_count: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        fail_time: _timestamp_pb2.Timestamp | None = ...,
+        hold: Global___DeadLetter.Hold.ValueType = ...,
+        estimated_cost_millicredits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "fail_time", b"fail_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "estimated_cost_millicredits", b"estimated_cost_millicredits", "fail_time", b"fail_time", "fingerprint", b"fingerprint", "hold", b"hold", "job_id", b"job_id", "kind", b"kind", "message", b"message", "model", b"model", "owner_id", b"owner_id", "reason", b"reason", "retry_count", b"retry_count", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersRequest(_message.Message):
+    """ListDeadLettersRequest selects failed jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Entries a page: 0 means 50, more than 200 means 200."""
+    page_token: _builtins.str
+    """Opaque token of the page before; empty: first page."""
+    fingerprint: _builtins.str
+    """Only those with this fingerprint; empty: all."""
+    reason: _builtins.str
+    """Only those with this reason, a name of ErrorReason; empty: all."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "page_size", b"page_size", "page_token", b"page_token", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersRequest: _TypeAlias = ListDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersResponse(_message.Message):
+    """ListDeadLettersResponse is a page of failed jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty: this was the last."""
+    @_builtins.property
+    def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetter]:
+        """Failed jobs, the newest failure first."""
+
+    def __init__(
+        self,
+        *,
+        dead_letters: _abc.Iterable[Global___DeadLetter] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dead_letters", b"dead_letters", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersResponse: _TypeAlias = ListDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class RequeueDeadLetterRequest(_message.Message):
+    """RequeueDeadLetterRequest names failed jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MAX_COUNT_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """One job."""
+    fingerprint: _builtins.str
+    """All with this fingerprint."""
+    max_count: _builtins.int
+    """With `fingerprint`: jobs at most; 0 means 100, more than 1,000 means 1,000."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        max_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "job_id", b"job_id", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "job_id", b"job_id", "max_count", b"max_count", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["job_id", "fingerprint"]  # noqa: Y015
+    _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
+
+Global___RequeueDeadLetterRequest: _TypeAlias = RequeueDeadLetterRequest  # noqa: Y015
+
+@_typing.final
+class RequeueDeadLetterResponse(_message.Message):
+    """RequeueDeadLetterResponse says what became of each job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Refusal(_message.Message):
+        """Refusal is a job that was not put back."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        JOB_ID_FIELD_NUMBER: _builtins.int
+        ERROR_FIELD_NUMBER: _builtins.int
+        job_id: _builtins.str
+        """The job."""
+        @_builtins.property
+        def error(self) -> _status_pb2.Status:
+            """Why."""
+
+        def __init__(
+            self,
+            *,
+            job_id: _builtins.str = ...,
+            error: _status_pb2.Status | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "job_id", b"job_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    JOB_IDS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Jobs that are in the queue again."""
+
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequeueDeadLetterResponse.Refusal]:
+        """Jobs that stay as they are, and why."""
+
+    def __init__(
+        self,
+        *,
+        job_ids: _abc.Iterable[_builtins.str] | None = ...,
+        refusals: _abc.Iterable[Global___RequeueDeadLetterResponse.Refusal] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_ids", b"job_ids", "refusals", b"refusals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequeueDeadLetterResponse: _TypeAlias = RequeueDeadLetterResponse  # noqa: Y015
 
 @_typing.final
 class WatchJobsRequest(_message.Message):

@@ -45,6 +45,11 @@ class JobsServiceStub:
                 request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobRequest.SerializeToString,
                 response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobResponse.FromString,
                 _registered_method=True)
+        self.BatchCreateJobs = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsService/BatchCreateJobs',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.BatchCreateJobsRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.BatchCreateJobsResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/genmesh.jobs.v1.JobsService/GetJob',
                 request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetJobRequest.SerializeToString,
@@ -59,6 +64,16 @@ class JobsServiceStub:
                 '/genmesh.jobs.v1.JobsService/CancelJob',
                 request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobResponse.FromString,
+                _registered_method=True)
+        self.RetryJob = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsService/RetryJob',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobResponse.FromString,
+                _registered_method=True)
+        self.DeleteJob = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsService/DeleteJob',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.DeleteJobResponse.FromString,
                 _registered_method=True)
         self.WatchJobs = channel.unary_stream(
                 '/genmesh.jobs.v1.JobsService/WatchJobs',
@@ -88,6 +103,15 @@ class JobsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchCreateJobs(self, request, context):
+        """BatchCreateJobs accepts up to 100 jobs, all or none: when one is refused, nothing is held and no job is made. Each
+        request is idempotent by its own `request_id`.
+        Errors: as CreateJob; fields of violations begin with `requests[INDEX].`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetJob(self, request, context):
         """GetJob answers with one job of the caller.
         """
@@ -106,6 +130,23 @@ class JobsServiceServicer:
         """CancelJob stops a job. A queued job ends at once, free of charge; a running one stops within one step and is
         charged for the steps done. Cancelling a cancelled job is no error.
         Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_TERMINAL) for a job that completed or failed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryJob(self, request, context):
+        """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
+        that was retried and has not ended since is no error.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteJob(self, request, context):
+        """DeleteJob removes a job that has ended, with its media, for good. What the ledger says of it stays.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_TERMINAL: cancel it first), UNAVAILABLE while its bill is settled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,6 +177,11 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobRequest.FromString,
                     response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobResponse.SerializeToString,
             ),
+            'BatchCreateJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchCreateJobs,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.BatchCreateJobsRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.BatchCreateJobsResponse.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetJobRequest.FromString,
@@ -150,6 +196,16 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobRequest.FromString,
                     response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'RetryJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryJob,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobResponse.SerializeToString,
+            ),
+            'DeleteJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteJob,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.DeleteJobRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.DeleteJobResponse.SerializeToString,
             ),
             'WatchJobs': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJobs,
@@ -212,6 +268,33 @@ class JobsService:
             '/genmesh.jobs.v1.JobsService/CreateJob',
             genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobRequest.SerializeToString,
             genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchCreateJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsService/BatchCreateJobs',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.BatchCreateJobsRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.BatchCreateJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -304,6 +387,60 @@ class JobsService:
             _registered_method=True)
 
     @staticmethod
+    def RetryJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsService/RetryJob',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RetryJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsService/DeleteJob',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.DeleteJobRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.DeleteJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WatchJobs(request,
             target,
             options=(),
@@ -320,6 +457,173 @@ class JobsService:
             '/genmesh.jobs.v1.JobsService/WatchJobs',
             genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsRequest.SerializeToString,
             genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class JobsAdminServiceStub:
+    """JobsAdminService is the queue as its operators see it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetQueueStats = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsAdminService/GetQueueStats',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetQueueStatsRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetQueueStatsResponse.FromString,
+                _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsAdminService/ListDeadLetters',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RequeueDeadLetter = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsAdminService/RequeueDeadLetter',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RequeueDeadLetterRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RequeueDeadLetterResponse.FromString,
+                _registered_method=True)
+
+
+class JobsAdminServiceServicer:
+    """JobsAdminService is the queue as its operators see it.
+    """
+
+    def GetQueueStats(self, request, context):
+        """GetQueueStats counts what waits and runs, and who works on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeadLetters(self, request, context):
+        """ListDeadLetters lists failed jobs of all owners, the newest failure first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequeueDeadLetter(self, request, context):
+        """RequeueDeadLetter puts failed jobs back into the queue: one, or those with a fingerprint (the oldest failures
+        first, up to `max_count`). Each job's price is held anew; a job whose owner cannot pay stays as it is, and the
+        answer says so.
+        Errors: for one job as RetryJob; INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_JobsAdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetQueueStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetQueueStats,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetQueueStatsRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetQueueStatsResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RequeueDeadLetter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequeueDeadLetter,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RequeueDeadLetterRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RequeueDeadLetterResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'genmesh.jobs.v1.JobsAdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('genmesh.jobs.v1.JobsAdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class JobsAdminService:
+    """JobsAdminService is the queue as its operators see it.
+    """
+
+    @staticmethod
+    def GetQueueStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsAdminService/GetQueueStats',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetQueueStatsRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetQueueStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsAdminService/ListDeadLetters',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.ListDeadLettersRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequeueDeadLetter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsAdminService/RequeueDeadLetter',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RequeueDeadLetterRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.RequeueDeadLetterResponse.FromString,
             options,
             channel_credentials,
             insecure,

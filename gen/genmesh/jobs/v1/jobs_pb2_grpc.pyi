@@ -41,6 +41,11 @@ class JobsServiceStub:
     Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED),
     UNAVAILABLE. Whenever it fails, nothing is held for long and nothing is charged.
     """
+    BatchCreateJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.BatchCreateJobsRequest, _jobs_pb2.BatchCreateJobsResponse]
+    """BatchCreateJobs accepts up to 100 jobs, all or none: when one is refused, nothing is held and no job is made. Each
+    request is idempotent by its own `request_id`.
+    Errors: as CreateJob; fields of violations begin with `requests[INDEX].`.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]
     """GetJob answers with one job of the caller."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
@@ -49,6 +54,15 @@ class JobsServiceStub:
     """CancelJob stops a job. A queued job ends at once, free of charge; a running one stops within one step and is
     charged for the steps done. Cancelling a cancelled job is no error.
     Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_TERMINAL) for a job that completed or failed.
+    """
+    RetryJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RetryJobRequest, _jobs_pb2.RetryJobResponse]
+    """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
+    that was retried and has not ended since is no error.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+    """
+    DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]
+    """DeleteJob removes a job that has ended, with its media, for good. What the ledger says of it stays.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_TERMINAL: cancel it first), UNAVAILABLE while its bill is settled.
     """
     WatchJobs: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobsRequest, _jobs_pb2.WatchJobsResponse]
     """WatchJobs streams what happens to jobs. Without a resume token: a snapshot of every job asked for (with no
@@ -72,6 +86,11 @@ class JobsServiceAsyncStub(JobsServiceStub):
     Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED),
     UNAVAILABLE. Whenever it fails, nothing is held for long and nothing is charged.
     """
+    BatchCreateJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.BatchCreateJobsRequest, _jobs_pb2.BatchCreateJobsResponse]  # type: ignore[assignment]
+    """BatchCreateJobs accepts up to 100 jobs, all or none: when one is refused, nothing is held and no job is made. Each
+    request is idempotent by its own `request_id`.
+    Errors: as CreateJob; fields of violations begin with `requests[INDEX].`.
+    """
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.GetJobResponse]  # type: ignore[assignment]
     """GetJob answers with one job of the caller."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
@@ -80,6 +99,15 @@ class JobsServiceAsyncStub(JobsServiceStub):
     """CancelJob stops a job. A queued job ends at once, free of charge; a running one stops within one step and is
     charged for the steps done. Cancelling a cancelled job is no error.
     Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_TERMINAL) for a job that completed or failed.
+    """
+    RetryJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RetryJobRequest, _jobs_pb2.RetryJobResponse]  # type: ignore[assignment]
+    """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
+    that was retried and has not ended since is no error.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+    """
+    DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]  # type: ignore[assignment]
+    """DeleteJob removes a job that has ended, with its media, for good. What the ledger says of it stays.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_TERMINAL: cancel it first), UNAVAILABLE while its bill is settled.
     """
     WatchJobs: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobsRequest, _jobs_pb2.WatchJobsResponse]  # type: ignore[assignment]
     """WatchJobs streams what happens to jobs. Without a resume token: a snapshot of every job asked for (with no
@@ -114,6 +142,17 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def BatchCreateJobs(
+        self,
+        request: _jobs_pb2.BatchCreateJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.BatchCreateJobsResponse, _abc.Awaitable[_jobs_pb2.BatchCreateJobsResponse]]:
+        """BatchCreateJobs accepts up to 100 jobs, all or none: when one is refused, nothing is held and no job is made. Each
+        request is idempotent by its own `request_id`.
+        Errors: as CreateJob; fields of violations begin with `requests[INDEX].`.
+        """
+
+    @_abc_1.abstractmethod
     def GetJob(
         self,
         request: _jobs_pb2.GetJobRequest,
@@ -141,6 +180,27 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def RetryJob(
+        self,
+        request: _jobs_pb2.RetryJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.RetryJobResponse, _abc.Awaitable[_jobs_pb2.RetryJobResponse]]:
+        """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
+        that was retried and has not ended since is no error.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteJob(
+        self,
+        request: _jobs_pb2.DeleteJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.DeleteJobResponse, _abc.Awaitable[_jobs_pb2.DeleteJobResponse]]:
+        """DeleteJob removes a job that has ended, with its media, for good. What the ledger says of it stays.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_TERMINAL: cancel it first), UNAVAILABLE while its bill is settled.
+        """
+
+    @_abc_1.abstractmethod
     def WatchJobs(
         self,
         request: _jobs_pb2.WatchJobsRequest,
@@ -155,3 +215,70 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_JobsServiceServicer_to_server(servicer: JobsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class JobsAdminServiceStub:
+    """JobsAdminService is the queue as its operators see it."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> JobsAdminServiceAsyncStub: ...
+    GetQueueStats: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetQueueStatsRequest, _jobs_pb2.GetQueueStatsResponse]
+    """GetQueueStats counts what waits and runs, and who works on it."""
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListDeadLettersRequest, _jobs_pb2.ListDeadLettersResponse]
+    """ListDeadLetters lists failed jobs of all owners, the newest failure first."""
+    RequeueDeadLetter: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RequeueDeadLetterRequest, _jobs_pb2.RequeueDeadLetterResponse]
+    """RequeueDeadLetter puts failed jobs back into the queue: one, or those with a fingerprint (the oldest failures
+    first, up to `max_count`). Each job's price is held anew; a job whose owner cannot pay stays as it is, and the
+    answer says so.
+    Errors: for one job as RetryJob; INVALID_ARGUMENT.
+    """
+
+@_typing.type_check_only
+class JobsAdminServiceAsyncStub(JobsAdminServiceStub):
+    """JobsAdminService is the queue as its operators see it."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetQueueStats: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetQueueStatsRequest, _jobs_pb2.GetQueueStatsResponse]  # type: ignore[assignment]
+    """GetQueueStats counts what waits and runs, and who works on it."""
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListDeadLettersRequest, _jobs_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """ListDeadLetters lists failed jobs of all owners, the newest failure first."""
+    RequeueDeadLetter: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RequeueDeadLetterRequest, _jobs_pb2.RequeueDeadLetterResponse]  # type: ignore[assignment]
+    """RequeueDeadLetter puts failed jobs back into the queue: one, or those with a fingerprint (the oldest failures
+    first, up to `max_count`). Each job's price is held anew; a job whose owner cannot pay stays as it is, and the
+    answer says so.
+    Errors: for one job as RetryJob; INVALID_ARGUMENT.
+    """
+
+class JobsAdminServiceServicer(metaclass=_abc_1.ABCMeta):
+    """JobsAdminService is the queue as its operators see it."""
+
+    @_abc_1.abstractmethod
+    def GetQueueStats(
+        self,
+        request: _jobs_pb2.GetQueueStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.GetQueueStatsResponse, _abc.Awaitable[_jobs_pb2.GetQueueStatsResponse]]:
+        """GetQueueStats counts what waits and runs, and who works on it."""
+
+    @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _jobs_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ListDeadLettersResponse, _abc.Awaitable[_jobs_pb2.ListDeadLettersResponse]]:
+        """ListDeadLetters lists failed jobs of all owners, the newest failure first."""
+
+    @_abc_1.abstractmethod
+    def RequeueDeadLetter(
+        self,
+        request: _jobs_pb2.RequeueDeadLetterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.RequeueDeadLetterResponse, _abc.Awaitable[_jobs_pb2.RequeueDeadLetterResponse]]:
+        """RequeueDeadLetter puts failed jobs back into the queue: one, or those with a fingerprint (the oldest failures
+        first, up to `max_count`). Each job's price is held anew; a job whose owner cannot pay stays as it is, and the
+        answer says so.
+        Errors: for one job as RetryJob; INVALID_ARGUMENT.
+        """
+
+def add_JobsAdminServiceServicer_to_server(servicer: JobsAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
