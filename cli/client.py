@@ -155,7 +155,7 @@ class Edge:
         """
         file = SessionFile(settings.session_path)
         chosen = url or settings.edge_url
-        if chosen is None and "edge_port" not in settings.model_fields_set:
+        if chosen is None and ("edge_port" not in settings.model_fields_set or settings.edge_port == 0):
             stored = file.load()
             chosen = stored.edge if stored else None
         credentials = (settings.email, settings.password.get_secret_value()) if settings.email and settings.password else None

@@ -1,5 +1,6 @@
 """Settings of the user commands, by environment variable. The embedded stack has its own beside `cli/stack`."""
 
+import json
 from pathlib import Path
 
 import typer
@@ -12,7 +13,7 @@ class ClientSettings(Settings):
     """How the command line reaches a genmesh, and as whom."""
 
     edge_url: str | None = Field(None, description="Edge to call, http://HOST:PORT or https://HOST:PORT; unset: where you signed in")
-    edge_port: int = Field(8080, ge=1, le=65535, description="Port of the embedded stack's edge, used when nothing names another")
+    edge_port: int = Field(8080, ge=0, le=65535, description="Port of the embedded stack's edge, used when nothing names another")
     edge_ca_file: Path | None = Field(
         None, description="CA certificate (PEM) that an https edge is checked against; unset: the embedded stack's, else the system's"
     )
@@ -25,8 +26,12 @@ class ClientSettings(Settings):
 
     @property
     def default_edge(self) -> str:
-        """Edge of the embedded stack on this machine."""
-        return f"http://127.0.0.1:{self.edge_port}"
+        """Edge of the embedded stack on this machine: where it says it is, if its port was left to it."""
+        if self.edge_port == 0:
+            stack = self.state_dir / "stack.json"
+            if stack.is_file():
+                return json.loads(stack.read_bytes())["edge"]["url"]
+        return f"http://127.0.0.1:{self.edge_port or 8080}"
 
     @property
     def session_path(self) -> Path:

@@ -11,16 +11,18 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from genmesh.jobs.v1 import jobs_pb2_grpc
 from jobs_service import store
+from jobs_service.dead_letters import DeadLetters
+from jobs_service.deletion import Deletions
 from jobs_service.delivery import Delivery
 from jobs_service.dispatch import Dispatcher
 from jobs_service.events import EventLog
 from jobs_service.jobs import Jobs
 from jobs_service.ledger import Ledger
-from jobs_service.messages import Presign
 from jobs_service.queue import JobQueue
+from jobs_service.queue_stats import queue_stats
 from jobs_service.quotes import Quotes
 from jobs_service.relay import Relay
-from jobs_service.servicer import JobsServicer
+from jobs_service.servicer import JobsAdminServicer, JobsServicer
 from jobs_service.settings import DispatchSettings, JobsSettings, RelaySettings, ServeSettings
 from jobs_service.watch import Hub
 from servicekit import database, objects, streams
@@ -35,7 +37,9 @@ from servicekit.tls import TlsFiles
 
 SERVICE = "jobs_service"
 SCHEMA = "jobs"
-JOBS = "genmesh.jobs.v1.JobsService"
+HOUR_S = 3600
+DAY_S = 24 * HOUR_S
+GRPC_SERVICES = ("genmesh.jobs.v1.JobsService", "genmesh.jobs.v1.JobsAdminService")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class Resources:
     log: EventLog
     ledger: Ledger
     delivery: Delivery
-    presign: Presign
+    media: ObjectStore
 
 
 async def open_resources(settings: JobsSettings, stack: AsyncExitStack, *, role: str, worker_id: str = "") -> Resources:
@@ -59,11 +63,11 @@ async def open_resources(settings: JobsSettings, stack: AsyncExitStack, *, role:
     stack.push_async_callback(client.aclose)
     media = stack.enter_context(ObjectStore(settings))
     channel = await stack.enter_async_context(mesh_channel(settings, settings.credits_address, caller=SERVICE, service="credit_service"))
-    queue = JobQueue(client, settings.redis_prefix, lease_s=settings.lease_seconds, worker_id=worker_id)
+    queue = JobQueue(client, settings.redis_prefix, lease_s=settings.lease_seconds, worker_id=worker_id, owner_limits=settings.owner_limits)
     log = EventLog(client, settings.redis_prefix, retention_s=settings.event_retention_s)
     ledger = Ledger(channel, timeout_s=settings.rpc_timeout_s, hold_ttl_s=settings.hold_ttl_s)
     delivery = Delivery(engine, queue, log, ledger, media.presign)
-    return Resources(engine, client, queue, log, ledger, delivery, media.presign)
+    return Resources(engine, client, queue, log, ledger, delivery, media)
 
 
 def translate(error: Exception) -> MeshError | None:
@@ -76,8 +80,18 @@ async def build_server(settings: ServeSettings, resources: Resources, hub: Hub, 
     async with database.transaction(resources.engine) as connection:
         quotes = Quotes(await store.secret(connection, "quotes", secrets.token_bytes(32)))
     jobs = Jobs(
-        resources.engine, resources.log, resources.ledger, resources.delivery, resources.presign, quotes, quote_ttl_s=settings.quote_ttl_s
+        resources.engine,
+        resources.log,
+        resources.ledger,
+        resources.delivery,
+        resources.media.presign,
+        quotes,
+        quote_ttl_s=settings.quote_ttl_s,
+        hold_ttl_s=settings.hold_ttl_s,
+        owner_limits=settings.owner_limits,
     )
+    dead_letters = DeadLetters(resources.engine, resources.ledger, resources.delivery)
+    deletions = Deletions(resources.engine, resources.media, resources.log, resources.delivery)
     server = MeshServer(
         settings,
         service=SERVICE,
@@ -86,8 +100,10 @@ async def build_server(settings: ServeSettings, resources: Resources, hub: Hub, 
         checks={"database": lambda: database.ping(resources.engine)},
         translate=translate,
     )
-    servicer = JobsServicer(jobs, hub, resources.log, checkpoint_interval_s=settings.checkpoint_interval_s)
+    servicer = JobsServicer(jobs, dead_letters, deletions, hub, resources.log, checkpoint_interval_s=settings.checkpoint_interval_s)
     jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server.grpc)
+    admin = JobsAdminServicer(dead_letters, queue_stats(resources.engine))
+    jobs_pb2_grpc.add_JobsAdminServiceServicer_to_server(admin, server.grpc)
     return server
 
 
@@ -105,7 +121,7 @@ async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
             hub.drain()
 
         stack.callback(asyncio.create_task(drain(), name="drain").cancel)
-        async with server.running(JOBS):
+        async with server.running(*GRPC_SERVICES):
             await until_stopped(stop, hub.run())
 
 
@@ -124,22 +140,28 @@ async def dispatch(settings: DispatchSettings, stop: asyncio.Event) -> None:
             queue=resources.queue,
             log=resources.log,
             delivery=resources.delivery,
-            presign=resources.presign,
+            presign=resources.media.presign,
             inference=inference,
         )
 
         drained = asyncio.Event()
 
-        async def drain() -> None:
-            await stop.wait()
-            with suppress(TimeoutError):  # what still runs goes back to the queue when its slot is cancelled
-                async with asyncio.timeout(settings.drain_s):
-                    await dispatcher.drain()
+        async def run() -> None:
+            await dispatcher.run()
             drained.set()
             await asyncio.Event().wait()
 
-        slots = [dispatcher.slot() for _ in range(settings.dispatch_slots)]
-        await until_stopped(drained, *slots, dispatcher.offer(), dispatcher.listen_for_cancels(), drain())
+        async def drain() -> None:
+            await stop.wait()
+            dispatcher.drain()
+            await dispatcher.withdraw()
+            with suppress(TimeoutError):  # what still runs goes back to the queue when its slot is cancelled
+                async with asyncio.timeout(settings.drain_s):
+                    await drained.wait()
+            drained.set()
+            await asyncio.Event().wait()
+
+        await until_stopped(drained, run(), dispatcher.offer(), dispatcher.listen_for_cancels(), drain())
 
 
 async def relay(settings: RelaySettings, stop: asyncio.Event) -> None:
@@ -153,6 +175,11 @@ async def relay(settings: RelaySettings, stop: asyncio.Event) -> None:
             log=resources.log,
             ledger=resources.ledger,
             delivery=resources.delivery,
+            deletions=Deletions(resources.engine, resources.media, resources.log, resources.delivery),
             lease_s=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            job_retention_s=settings.job_retention_days * DAY_S,
+            orphan_media_s=settings.orphan_media_hours * HOUR_S,
         )
-        await until_stopped(stop, worker.outbox(), worker.sweep(), worker.positions())
+        rounds = (worker.outbox, worker.sweep, worker.positions, worker.measure, worker.deletions, worker.retention)
+        await until_stopped(stop, *(forever() for forever in rounds))

@@ -42,10 +42,12 @@ class Delivery:
         await self._log.publish(event, owner_id=job.owner_id, version=job.version, final=job.state.terminal)
 
     async def announce(self, job: Job, *, queue_position: int = 0) -> None:
-        """Publish a job's state; put it into the queue if it is pending."""
+        """Publish a job's state; put it into the queue if it is pending, take it out if it was cancelled."""
         await self.publish(job, queue_position=queue_position)
         if job.state is State.PENDING:
-            await self._queue.put(job.pool, job.priority, job.job_id)
+            await self._queue.put(job)
+        elif job.state is State.CANCELLED:
+            await self._queue.remove(job)
 
     async def now(self, job: Job, rows: Sequence[OutboxRow], *, queue_position: int = 0) -> None:
         """Do the duties of a job just committed. What fails stays in the outbox."""
@@ -54,8 +56,9 @@ class Delivery:
             try:
                 if row.duty is Duty.ANNOUNCE:
                     await self.announce(job, queue_position=queue_position)
-                else:
+                elif job.state.terminal:
                     await self._ledger.settle(job)
+                # Else it was retried since: its hold was released before that, or it could not have been.
             except Exception as error:  # whatever it was: the duty stays in the outbox, and the relay tries again
                 _log.warning("delivery.postponed", job_id=str(row.job_id), duty=row.duty.name, error=repr(error))
                 return None
@@ -68,6 +71,16 @@ class Delivery:
                     await store.delete_duties(connection, done)
             except Exception as error:  # the relay repeats the duty, which is harmless
                 _log.warning("delivery.not_noted", error=repr(error))
+
+    async def fulfil(self, job: Job, *duties: Duty) -> None:
+        """Return when these duties of an ended job are done, whoever was about to do them. Raises UNAVAILABLE."""
+        for duty in duties:
+            async with reading(self._engine) as connection:
+                outbox_ids = await store.duties_of(connection, job.job_id, duty)
+            if outbox_ids:
+                await (self.announce(job) if duty is Duty.ANNOUNCE else self._ledger.settle(job))
+                async with transaction(self._engine) as connection:
+                    await store.delete_duties(connection, outbox_ids)
 
     async def again(self, rows: Sequence[OutboxRow]) -> None:
         """Do duties taken from the outbox, each for the job as it is now; a few at once, so that a slow one holds up few."""

@@ -5,6 +5,7 @@ write is guarded by the attempt, so that a dispatcher that was thought dead chan
 """
 
 import asyncio
+import random
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -26,13 +27,14 @@ from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import store
 from jobs_service.delivery import FALLBACK_S, Delivery
 from jobs_service.events import EventLog
-from jobs_service.lifecycle import Job, State, retry_delay_s
+from jobs_service.lifecycle import Job, State, failure, retry_delay_s
 from jobs_service.messages import Presign, new_event, presigned
 from jobs_service.queue import Entry, Hold, JobQueue
 from jobs_service.settings import DispatchSettings
 from servicekit.client import call_metadata
-from servicekit.database import transaction
+from servicekit.database import reading, transaction
 from servicekit.errors import MeshError, Reason, from_rpc_error
+from servicekit.process import end
 
 OFFER_INTERVAL_S = 5.0
 PROGRESS_RATE = 100.0
@@ -42,18 +44,15 @@ TROUBLE_PAUSE_S = 0.5
 FINISH_TRIES = 10
 """Tries to write how a job ended. If the first one was committed and its reply lost, the second finds itself fenced: the
 duties are in the outbox, and the relay does them."""
-RETRYABLE = frozenset(
-    {
-        Reason.ERROR_REASON_UNAVAILABLE,
-        Reason.ERROR_REASON_STORE_FAILED,
-        Reason.ERROR_REASON_WORKER_LOST,
-        Reason.ERROR_REASON_MODEL_OUT_OF_MEMORY,
-    }
-)
-
 ATTEMPTS = Counter("genmesh_attempts_total", "Attempts ended, by how", ["outcome"])
 WAIT_SECONDS = Histogram(
     "genmesh_job_wait_seconds", "Time from submission to the first attempt", buckets=(0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
+)
+
+ESTIMATE_RATIO = Histogram(
+    "genmesh_estimate_ratio",
+    "Time from submission to completion over what was estimated at submission; 1 is a perfect estimate",
+    buckets=(0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2, 4, 10),
 )
 
 _log = structlog.get_logger(__name__)
@@ -108,44 +107,92 @@ class Dispatcher:
         self._health: Any = health_pb2_grpc.HealthStub(inference)
         self._running: set[Running] = set()
         self._pools: tuple[str, ...] = ()
-        self._stopping = False
-        self._idle = asyncio.Event()
+        self._warm: frozenset[str] = frozenset()
+        """Models that the replica has in memory: their jobs come first."""
+        self._stopping = asyncio.Event()
 
     # --- tasks of the process ---------------------------------------------------------------------------------------
 
-    async def slot(self) -> None:
-        """One slot: take a job, run it, again. Trouble with a store pauses it, and is no reason to die."""
-        while not self._stopping:
-            try:
-                if not await self._ready():
-                    await asyncio.sleep(TROUBLE_PAUSE_S)
-                    continue
-                entry = await self._queue.take(self._pools)
-                if entry is not None:
-                    await self._handle(entry)
-            except (RedisError, SQLAlchemyError, OSError, MeshError) as error:
-                _log.warning("dispatch.trouble", error=repr(error))
-                await asyncio.sleep(TROUBLE_PAUSE_S)
-        await asyncio.Event().wait()  # drained: the process is about to end
+    async def run(self) -> None:
+        """Take jobs as slots become free, run them, again. Trouble with a store is a pause, and no reason to die; a slot that dies
+        of anything else takes the process with it."""
+        slots: set[asyncio.Task[None]] = set()
+        stopping = asyncio.create_task(self._stopping.wait())
+        taking: asyncio.Task[list[Entry]] | None = None
+        try:
+            while not stopping.done():
+                if len(slots) >= self._settings.dispatch_slots:
+                    await asyncio.wait({stopping, *slots}, return_when=asyncio.FIRST_COMPLETED)
+                for slot in [slot for slot in slots if slot.done()]:
+                    slots.remove(slot)
+                    slot.result()
+                # A slot first, then a job: what is taken runs at once.
+                taking = asyncio.create_task(self._take(self._settings.dispatch_slots - len(slots)))
+                await asyncio.wait({stopping, taking}, return_when=asyncio.FIRST_COMPLETED)
+                if not taking.done():
+                    await end({taking})  # what it is about to get goes back to the queue
+                if not taking.cancelled():
+                    slots |= {asyncio.create_task(self._slot(entry), name=f"slot {entry.job_id}") for entry in taking.result()}
+            while slots:
+                ended, slots = await asyncio.wait(slots)
+                for slot in ended:
+                    slot.result()
+        finally:
+            await end({task for task in (stopping, taking, *slots) if task is not None})
+
+    async def _take(self, count: int) -> list[Entry]:
+        try:
+            if count > 0 and await self._ready():
+                return await self._queue.take(self._pools, count=count, warm=self._warm)
+        except (RedisError, OSError) as error:
+            _log.warning("dispatch.trouble", error=repr(error)[:300])
+        await asyncio.sleep(TROUBLE_PAUSE_S)
+        return []
+
+    async def _slot(self, entry: Entry) -> None:
+        try:
+            await self._handle(entry)
+        except (RedisError, SQLAlchemyError, OSError, MeshError) as error:  # the entry is claimed again after a lease
+            _log.warning("dispatch.trouble", job_id=str(entry.job_id), error=repr(error)[:300])
+            await asyncio.sleep(TROUBLE_PAUSE_S)
 
     async def offer(self) -> None:
-        """Tell the store every few seconds which models this worker offers."""
-        while True:
+        """Tell the store every few seconds that this worker is there and which models it offers."""
+        while not self._stopping.is_set():
             try:
                 listed = await self._catalog.ListModels(inference_pb2.ListModelsRequest(), timeout=self._settings.rpc_timeout_s)
+                pools = tuple(sorted({model.pool for model in listed.models}))
+                loaded = frozenset(model.model_id for model in listed.models if model.loaded)
                 async with transaction(self._engine) as connection:
                     await store.offer_models(connection, [(model.model_id, model.SerializeToString()) for model in listed.models])
-                self._pools = tuple(sorted({model.pool for model in listed.models}))
+                    await store.offer_worker(
+                        connection,
+                        self._settings.worker_id,
+                        pools=pools,
+                        slot_count=self._settings.dispatch_slots,
+                        loaded_models=sorted(loaded),
+                    )
+                self._pools, self._warm = pools, loaded
             except (grpc.aio.AioRpcError, SQLAlchemyError, OSError) as error:
                 _log.warning("dispatch.offer_failed", error=repr(error)[:300])
                 await asyncio.sleep(TROUBLE_PAUSE_S)
                 continue
             await asyncio.sleep(OFFER_INTERVAL_S)
+        await asyncio.Event().wait()
+
+    async def withdraw(self) -> None:
+        """Tell the store that this worker stops: what waits need not reckon with it."""
+        try:
+            async with transaction(self._engine) as connection:
+                await store.withdraw_worker(connection, self._settings.worker_id)
+        except (SQLAlchemyError, OSError) as error:  # its silence tells the same a little later
+            _log.warning("dispatch.not_withdrawn", error=repr(error)[:300])
 
     async def listen_for_cancels(self) -> None:
         """Hear at once when an owner cancels a job that runs here."""
         while True:
             try:
+                await self._redis.initialize()  # a cluster client knows no node before, and pubsub() does not ask
                 async with self._redis.pubsub() as pubsub:
                     await pubsub.subscribe(self._log.keys.cancel)
                     while True:
@@ -159,12 +206,9 @@ class Dispatcher:
                 _log.warning("dispatch.cancels_unheard", error=repr(error))
                 await asyncio.sleep(TROUBLE_PAUSE_S)
 
-    async def drain(self) -> None:
-        """Take no more jobs; return when the running ones have ended."""
-        self._stopping = True
-        if self._running:
-            self._idle.clear()
-            await self._idle.wait()
+    def drain(self) -> None:
+        """Take no more jobs; `run` returns when the running ones have ended."""
+        self._stopping.set()
 
     async def _ready(self) -> bool:
         if not self._pools:
@@ -182,6 +226,8 @@ class Dispatcher:
         running = Running(entry.job_id)
         self._running.add(running)
         try:
+            if entry.taken_over and await self._give_up(entry):
+                return
             async with transaction(self._engine) as connection:
                 job = await store.start_attempt(
                     connection, entry.job_id, worker_id=self._settings.worker_id, entry=entry.name, takeover=entry.taken_over
@@ -191,11 +237,29 @@ class Dispatcher:
                     outcome = await self._attempt(job, entry, running)
                 if outcome in ("lost", "fenced"):
                     return  # the entry may be all that leads to the job: whoever has or claims it removes it
+                if outcome == "retried":
+                    return  # its entry is gone already
             await self._queue.done(entry)
         finally:
             self._running.discard(running)
-            if not self._running:
-                self._idle.set()
+
+    async def _give_up(self, entry: Entry) -> bool:
+        """Whether the job of a silent worker has no attempt left; it has failed then: it may well be what silenced them."""
+        async with reading(self._engine) as connection:
+            job = await store.get_job(connection, entry.job_id)
+        if job is None or job.state is not State.PROCESSING or job.queue_entry != entry.name:
+            return False
+        if job.cancel_requested_time is not None or job.failures + 1 < self._settings.max_attempts:
+            return False
+        message = f"its worker was lost {job.failures + 1} times, and no attempt is left" if job.failures else "its worker was lost"
+        refusal = MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, message)
+        with structlog.contextvars.bound_contextvars(job_id=str(job.job_id), attempt=job.attempt):
+            outcome = await self._finish(job, State.FAILED, Output(), refusal)
+            ATTEMPTS.labels("gave_up").inc()
+            _log.warning("job.gave_up", worker_id=job.worker_id, outcome=outcome)
+        if outcome != "fenced":
+            await self._queue.done(entry)
+        return True
 
     async def _attempt(self, job: Job, entry: Entry, running: Running) -> str:
         _log.info("attempt.started", taken_over=entry.taken_over)
@@ -206,9 +270,6 @@ class Dispatcher:
         async with self._lease(entry, running):
             if job.cancel_requested_time is not None:
                 outcome = await self._finish(job, State.CANCELLED, output)
-            elif job.attempt > self._settings.max_attempts:
-                refusal = MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, "its worker was lost, and no attempt is left")
-                outcome = await self._finish(job, State.FAILED, output, refusal)
             else:
                 outcome = await self._run(job, entry, running, output)
         ATTEMPTS.labels(outcome).inc()
@@ -242,7 +303,7 @@ class Dispatcher:
         if running.cancel.is_set():
             return await self._finish(job, State.CANCELLED, output)
         if isinstance(refusal, MeshError):
-            return await self._failed(job, output, refusal)
+            return await self._failed(job, entry, output, refusal)
         generation.result()
         raise RuntimeError("a generation ends done, refused or cancelled")
 
@@ -252,8 +313,7 @@ class Dispatcher:
             job_id=str(job.job_id),
             attempt=job.attempt,
             spec=jobs_pb2.JobSpec.FromString(job.spec),
-            # Owner-prefixed and the same for every attempt: a retry overwrites, and nothing is left behind.
-            output_prefix=f"{job.owner_id}/{job.job_id}/",
+            output_prefix=job.media_prefix,
         )
         call = self._inference.Generate(request, metadata=call_metadata())
         try:
@@ -297,14 +357,14 @@ class Dispatcher:
     # --- how it ends ------------------------------------------------------------------------------------------------
 
     async def _finish(self, job: Job, state: State, output: Output, refusal: MeshError | None = None) -> str:
-        error = None if refusal is None else refusal.to_status().SerializeToString()
+        reason = None if refusal is None else failure(refusal, job.model)
         assets = output.assets if state is State.COMPLETED else ()
         tries_left = FINISH_TRIES
         while True:
             try:
                 async with transaction(self._engine) as connection:
                     ended = await store.finish(
-                        connection, job, state, fallback_s=FALLBACK_S, steps_done=output.steps_done, assets=assets, error=error
+                        connection, job, state, fallback_s=FALLBACK_S, steps_done=output.steps_done, assets=assets, failure=reason
                     )
                 break
             except (SQLAlchemyError, OSError) as trouble:  # the work is done: worth some patience before it is done again
@@ -315,29 +375,33 @@ class Dispatcher:
                 await asyncio.sleep(TROUBLE_PAUSE_S)
         if ended is None:
             return "fenced"
-        await self._delivery.now(ended[0], ended[1])
+        if state is State.COMPLETED and ended[0].create_time and ended[0].finish_time and job.estimate_s and not job.retry_count:
+            ESTIMATE_RATIO.observe((ended[0].finish_time - ended[0].create_time).total_seconds() / job.estimate_s)
+        await self._delivery.now(*ended)
         return state.name.lower()
 
-    async def _failed(self, job: Job, output: Output, refusal: MeshError) -> str:
+    async def _failed(self, job: Job, entry: Entry, output: Output, refusal: MeshError) -> str:
         _log.warning("attempt.failed", reason=Reason.Name(refusal.reason), error=refusal.message)
-        if refusal.reason not in RETRYABLE or job.attempt >= self._settings.max_attempts:
+        delay_s = retry_delay_s(refusal.reason, job.failures + 1, max_attempts=self._settings.max_attempts, jitter=random.random())  # noqa: S311
+        if delay_s is None:
             return await self._finish(job, State.FAILED, output, refusal)
-        async with transaction(self._engine) as connection:
-            back = await store.requeue(connection, job, delay_s=retry_delay_s(job.attempt))
-        if back is None:
-            return "fenced"
-        await self._publish_state(back)
-        return "retried"
+        return await self._put_back(job, entry, delay_s=delay_s, failed=True)
 
     async def _hand_back(self, job: Job, entry: Entry) -> None:
         try:
-            async with transaction(self._engine) as connection:
-                back = await store.requeue(connection, job, delay_s=0.0)
-            if back is not None:
-                await self._queue.done(entry)
-                await self._publish_state(back)
+            await self._put_back(job, entry, delay_s=0.0, failed=False)
         except (RedisError, SQLAlchemyError, OSError) as error:  # others claim the entry when the lease is over
             _log.warning("hand_back.failed", job_id=str(job.job_id), error=repr(error)[:300])
+
+    async def _put_back(self, job: Job, entry: Entry, *, delay_s: float, failed: bool) -> str:
+        async with transaction(self._engine) as connection:
+            back = await store.requeue(connection, job, delay_s=delay_s, failed=failed, fallback_s=FALLBACK_S)
+        if back is None:
+            return "fenced"
+        # This entry first: it counts as a running job of its owner, who may have no room for another one beside it.
+        await self._queue.done(entry)
+        await self._delivery.now(*back)
+        return "retried"
 
     async def _publish_state(self, job: Job) -> bool:
         try:

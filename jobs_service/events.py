@@ -2,7 +2,7 @@
 
 A fixed number of streams, sharded by owner; trimmed by age. Beside them a small hash per job: the version and sequence
 published last, and the newest progress. One script does a publish, so that of one job the versions only grow, sequence
-numbers have no holes (but where Redis was emptied), and a worker that lost its job publishes nothing any more.
+numbers have no holes (but where Redis began a new life), and a worker that lost its job publishes nothing any more.
 """
 
 import base64
@@ -21,45 +21,72 @@ from servicekit.errors import invalid
 
 SHARDS = 8
 JOB_TTL_MS = 48 * 3600 * 1000
+FORGOTTEN_TTL_MS = 3600 * 1000
+VERSION_MAX = 2**31 - 1
 NUMBER_MAX = 2**64 - 1
 TRIM_SLACK_S = 60
 """Events are kept this much longer than tokens are honoured, so that a token is never honoured over a trimmed event."""
 
-# KEYS: stream, job hash, epoch. ARGV: version, "1" for a change of state, "1" for a final one, owner, job id, event (without
-# sequence), progress ("" for none), oldest id to keep, ttl of the hash, epoch to set if there is none, "1" for an event that
-# may be the first of its job.
+# Which life of Redis this is. `life` is a hash: the run id of the process that wrote it, and the epoch. Another run id means a
+# restart or a fail-over, in which the newest events may have been lost: the epoch changes before anything else happens.
+LIFE = """
+local function epoch_now(life, fresh)
+  local server = redis.call('INFO', 'server')
+  local at = string.find(server, 'run_id:', 1, true) + 7
+  local run_id = string.sub(server, at, at + 39)
+  local known = redis.call('HMGET', life, 'run_id', 'epoch')
+  if known[1] == run_id then return known[2] end
+  redis.call('HSET', life, 'run_id', run_id, 'epoch', fresh)
+  return fresh
+end
+"""
+
+# KEYS: life. ARGV: epoch of a new life. Returns the epoch and the time: seconds, microseconds.
+EPOCH = (
+    LIFE
+    + """
+local epoch, now = epoch_now(KEYS[1], ARGV[1]), redis.call('TIME')
+return {epoch, now[1], now[2]}
+"""
+)
+
+# KEYS: stream, job hash, life. ARGV: version, "1" for a change of state, "1" for a final one, owner, job id, event (without
+# sequence), progress ("" for none), oldest id to keep, ttl of the hash, epoch of a new life, "1" for an event that may be the
+# first of its version.
 # Returns the sequence number, or 0 when the event is stale or a repetition.
 #
-# A job that Redis does not know (a new one, its hash expired, or Redis was emptied) begins at the server's time in
-# microseconds: more than any number given out before a loss, and again more after the next one.
-PUBLISH = """
+# A job whose hash is missing or of another life (a new job, or what was lost with Redis) goes on at the server's time in
+# microseconds: more than any number given out before a loss, and again more after the next one. What was announced of it may
+# be lost too: then any event but a place in the queue may be the first of a version.
+PUBLISH = (
+    LIFE
+    + """
 local version, is_state = tonumber(ARGV[1]), ARGV[2] == '1'
-local known = redis.call('HMGET', KEYS[2], 'version', 'sequence', 'final')
-local sequence
-if known[1] then
-  local current = tonumber(known[1])
-  if is_state then
-    if version <= current then return 0 end
-  elseif version ~= current or known[3] == '1' then
-    return 0
-  end
-  sequence = tonumber(known[2]) + 1
-elseif ARGV[11] ~= '1' then
+local epoch = epoch_now(KEYS[3], ARGV[10])
+local known = redis.call('HMGET', KEYS[2], 'version', 'sequence', 'final', 'epoch')
+local current, sequence = tonumber(known[1] or 0), tonumber(known[2] or 0) + 1
+local complete = known[4] == epoch
+if is_state then
+  if version <= current then return 0 end
+elseif version == current then
+  if known[3] == '1' then return 0 end
+elseif complete or version < current or ARGV[11] ~= '1' then
   return 0
-else
+end
+if not complete then
   local now = redis.call('TIME')
-  sequence = tonumber(now[1]) * 1000000 + tonumber(now[2])
+  sequence = math.max(sequence, tonumber(now[1]) * 1000000 + tonumber(now[2]))
 end
 sequence = string.format('%.0f', sequence)
-redis.call('SET', KEYS[3], ARGV[10], 'NX')
 local id = redis.call('XADD', KEYS[1], 'MINID', '~', ARGV[8], '*', 'o', ARGV[4], 'j', ARGV[5], 'e', ARGV[6],
   's', sequence, 'v', ARGV[1], 'k', ARGV[2], 'f', ARGV[3])
-redis.call('HSET', KEYS[2], 'version', ARGV[1], 'sequence', sequence, 'final', ARGV[3], 'last', id)
-if is_state then redis.call('HDEL', KEYS[2], 'progress') end
+redis.call('HSET', KEYS[2], 'version', ARGV[1], 'sequence', sequence, 'final', ARGV[3], 'last', id, 'epoch', epoch)
+if is_state or version > current then redis.call('HDEL', KEYS[2], 'progress') end
 if ARGV[7] ~= '' then redis.call('HSET', KEYS[2], 'progress', ARGV[7]) end
 redis.call('PEXPIRE', KEYS[2], ARGV[9])
 return sequence
 """
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -87,7 +114,7 @@ START = Position(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A resume token: a position in the stream that has an owner's events, in one life of Redis (`epoch`)."""
+    """A resume token: a position in the stream that has an owner's events, in one life of the Redis process (`epoch`)."""
 
     epoch: str
     owner: str
@@ -138,6 +165,15 @@ class StoredEvent:
         return jobs_pb2.WatchJobsResponse(event=event, resume_token=token).SerializeToString()
 
 
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The event of a job that was published last."""
+
+    position: Position
+    version: int
+    final: bool
+
+
 def shard_of(owner_id: uuid.UUID | str) -> int:
     """The stream that has an owner's events."""
     return int.from_bytes(hashlib.blake2s(str(owner_id).encode(), digest_size=2).digest(), "big") % SHARDS
@@ -153,7 +189,7 @@ class Keys:
 
     def __init__(self, prefix: str) -> None:
         self._tag = f"{{{prefix}:events}}"
-        self.epoch = f"{self._tag}:epoch"
+        self.life = f"{self._tag}:life"
         self.cancel = f"{self._tag}:cancel"
 
     def stream(self, shard: int) -> str:
@@ -173,6 +209,7 @@ class EventLog:
         self.keys = Keys(prefix)
         self._retention_s = retention_s
         self._publish = client.register_script(PUBLISH)
+        self._epoch = client.register_script(EPOCH)
 
     async def publish(self, event: jobs_pb2.JobEvent, *, owner_id: uuid.UUID, version: int, final: bool = False) -> int:
         """Publish an event of the job's lifecycle `version`; its sequence number, or 0 when it was stale or known.
@@ -183,7 +220,7 @@ class EventLog:
         progress = event.progress.SerializeToString() if event.HasField("progress") else b""
         oldest_ms = int((time.time() - self._retention_s - TRIM_SLACK_S) * 1000)
         sequence = await self._publish(
-            keys=[self.keys.stream(shard_of(owner_id)), self.keys.job(event.job_id), self.keys.epoch],
+            keys=[self.keys.stream(shard_of(owner_id)), self.keys.job(event.job_id), self.keys.life],
             args=[
                 version,
                 int(event.HasField("state_change")),
@@ -208,24 +245,34 @@ class EventLog:
             values: list[bytes | None] = await pipe.execute()
         return {job_id: jobs_pb2.Progress.FromString(value) for job_id, value in zip(job_ids, values, strict=True) if value}
 
-    async def final_positions(self, job_ids: list[str]) -> dict[str, Position]:
-        """Where the last event of each ended job lies."""
+    async def newest(self, job_ids: list[str]) -> dict[str, Newest]:
+        """What was published last of those jobs of which anything is known."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for job_id in job_ids:
-                pipe.hmget(self.keys.job(job_id), "final", "last")
-            values: list[tuple[bytes | None, bytes | None]] = await pipe.execute()
+                pipe.hmget(self.keys.job(job_id), "version", "final", "last")
+            values: list[tuple[bytes | None, bytes | None, bytes | None]] = await pipe.execute()
         return {
-            job_id: Position.parse(last.decode()) for job_id, (final, last) in zip(job_ids, values, strict=True) if final == b"1" and last
+            job_id: Newest(Position.parse(last.decode()), int(version), final == b"1")
+            for job_id, (version, final, last) in zip(job_ids, values, strict=True)
+            if version and last
         }
 
+    async def forget(self, job_id: uuid.UUID) -> None:
+        """Remove what is kept of a deleted job beside the streams. Its events leave them by age.
+
+        What stays for a while says that nothing comes any more: an attempt that was thought dead may still publish.
+        """
+        key = self.keys.job(job_id)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(key)
+            pipe.hset(key, mapping={"version": VERSION_MAX, "final": "1"})
+            pipe.pexpire(key, FORGOTTEN_TTL_MS)
+            await pipe.execute()
+
     async def epoch(self) -> tuple[str, Position]:
-        """Which life of Redis this is (it changes when the events were lost), and a position before all that is yet to come."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(self.keys.epoch, uuid.uuid4().hex, nx=True)
-            pipe.get(self.keys.epoch)
-            pipe.time()
-            _, epoch, (seconds, microseconds) = await pipe.execute()
-        return epoch.decode(), Position(seconds * 1000 + microseconds // 1000 - 1, NUMBER_MAX)
+        """Which life of Redis this is (it changes when events may be lost), and a position before all that is yet to come."""
+        epoch, seconds, microseconds = await self._epoch(keys=[self.keys.life], args=[uuid.uuid4().hex])
+        return epoch.decode(), Position(int(seconds) * 1000 + int(microseconds) // 1000 - 1, NUMBER_MAX)
 
     async def ends(self) -> dict[int, Position]:
         """The newest position of every shard."""

@@ -1,13 +1,15 @@
 """What owners do with jobs: estimate, create, look, cancel. Behind the servicer, in terms of the domain."""
 
+import asyncio
 import base64
 import hashlib
 import json
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import structlog
@@ -15,27 +17,25 @@ import uuid_utils
 from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from genmesh.inference.v1 import inference_pb2
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import pricing, store
 from jobs_service.delivery import FALLBACK_S, Delivery
 from jobs_service.events import EventLog
 from jobs_service.ledger import Ledger
 from jobs_service.lifecycle import Job, Priority, State
-from jobs_service.messages import Presign, job_message
+from jobs_service.messages import Circumstances, Presign, job_message, waiting
+from jobs_service.offers import Forecast, Offers
 from jobs_service.quotes import Quote, Quotes
 from jobs_service.watch import WatchRequest
 from servicekit.database import reading, transaction
 from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unavailable
 
-MODELS_MAX_AGE_S = 2.0
-WORKER_SILENT_S = 15.0
-"""A model that no worker has offered for this long has no worker."""
-FIRST_GUESS_STEP_S = (0.1, 0.3)
-"""Seconds a step takes (median, 90th percentile), until there is a completed job to learn from."""
 SNAPSHOTS_MAX = 500
 """Unfinished jobs that a watch of everything begins with."""
 CANCEL_TRIES = 5
+BATCH_HOLDS_AT_ONCE = 8
+START_WITHIN = 0.9
+"""Part of its hold's life within which a job has to start: no model runs on a hold that is about to expire."""
 
 _log = structlog.get_logger(__name__)
 
@@ -47,15 +47,34 @@ class Estimate:
     quote_id: str
     quote: Quote
     queue_position: int
-    eta_p50_s: float
-    eta_p90_s: float
+    forecast: Forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A submit request and the job it means."""
+
+    request_id: uuid.UUID
+    job: Job
+    committed: bool
+    """The job is there already: this is a repeat."""
 
 
 class Jobs:
     """Jobs of owners, over store, queue, events and ledger."""
 
     def __init__(
-        self, engine: AsyncEngine, log: EventLog, ledger: Ledger, delivery: Delivery, presign: Presign, quotes: Quotes, *, quote_ttl_s: int
+        self,
+        engine: AsyncEngine,
+        log: EventLog,
+        ledger: Ledger,
+        delivery: Delivery,
+        presign: Presign,
+        quotes: Quotes,
+        *,
+        quote_ttl_s: int,
+        hold_ttl_s: int,
+        owner_limits: Mapping[Priority, int],
     ) -> None:
         self._engine = engine
         self._log = log
@@ -64,22 +83,22 @@ class Jobs:
         self._presign = presign
         self._quotes = quotes
         self._quote_ttl_s = quote_ttl_s
-        self._models: dict[str, inference_pb2.Model] = {}
-        self._silent: set[str] = set()
-        self._models_read = float("-inf")
+        self._start_within = timedelta(seconds=hold_ttl_s * START_WITHIN)
+        self._owner_limits = owner_limits
+        self.offers = Offers(engine)
 
     # --- submitting -------------------------------------------------------------------------------------------------
 
     async def estimate(self, owner_id: uuid.UUID, plan: str, spec: jobs_pb2.JobSpec) -> Estimate:
         """Price a spec and guess its time. Holds nothing."""
-        await self._refresh_models()
-        priced = pricing.resolve(spec, self._models)
+        await self.offers.refresh()
+        priced = pricing.resolve(spec, self.offers.models)
+        model, priority = priced.model, Priority.of_plan(plan)
         async with reading(self._engine) as connection:
-            position = await store.place_of_newcomer(connection, priced.model.pool, Priority.of_plan(plan))
-            step_s = await store.seconds_per_step(connection, priced.model.model_id) or FIRST_GUESS_STEP_S
+            place = await store.place_of_newcomer(connection, model.pool, priority, owner_id)
         quote = Quote(priced.cost_millicredits, int(time.time()) + self._quote_ttl_s)
-        p50, p90 = (seconds * priced.steps * position for seconds in step_s)
-        return Estimate(self._quotes.sign(owner_id, spec, quote), quote, position, p50, p90)
+        time_left = self.offers.forecast(model_id=model.model_id, pool=model.pool, priority=priority, steps=priced.steps, place=place)
+        return Estimate(self._quotes.sign(owner_id, spec, quote), quote, place, time_left)
 
     async def create(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> jobs_pb2.Job:
         """Accept a job: the intent is noted, the credits are held, the job is committed, then announced.
@@ -87,42 +106,80 @@ class Jobs:
         The note comes first, so that a repeat of the request, whatever happened to the first, continues with the same job
         id (and so the same hold); a note that never becomes a job is found by the relay, which releases the hold.
         """
+        await self.offers.refresh()
+        noted = await self._note(owner_id, plan, request)
+        if noted.committed:
+            return await self.get(owner_id, noted.job.job_id)
+        job = noted.job
+        try:
+            await self._ledger.reserve(job)
+        except MeshError as refusal:
+            if refusal.reason != Reason.ERROR_REASON_UNAVAILABLE:
+                async with transaction(self._engine) as connection:
+                    await store.delete_request(connection, job.owner_id, noted.request_id, job.job_id)
+            raise
+        return (await self._commit([noted]))[0]
+
+    async def create_batch(self, owner_id: uuid.UUID, plan: str, requests: Sequence[jobs_pb2.CreateJobRequest]) -> list[jobs_pb2.Job]:
+        """Accept all of the jobs or none of them; each as `create` does."""
+        await self.offers.refresh()
+        # Everything that can be refused is, before anything is noted or held. What was noted before is no longer up for that.
+        async with reading(self._engine) as connection:
+            known = [await store.find_request(connection, owner_id, uuid.UUID(request.request_id)) for request in requests]
+        for index, request in enumerate(requests):
+            if known[index] is None:
+                with _within(f"requests[{index}]"):
+                    self._intend(owner_id, plan, request)
+        noted: list[Noted] = []
+        try:
+            for index, request in enumerate(requests):
+                with _within(f"requests[{index}]"):
+                    noted.append(await self._note(owner_id, plan, request))
+            await self._reserve_all([one.job for one in noted if not one.committed])
+        except MeshError as refusal:
+            if refusal.reason != Reason.ERROR_REASON_UNAVAILABLE:  # else a repeat may go on from here, or the relay undoes it
+                await self._undo(noted)
+            raise
+        fresh = iter(await self._commit([one for one in noted if not one.committed]))
+        return [await self.get(owner_id, one.job.job_id) if one.committed else next(fresh) for one in noted]
+
+    async def _note(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> Noted:
         request_id = uuid.UUID(request.request_id)
         digest = hashlib.sha256(_without_id(request).SerializeToString(deterministic=True)).digest()
-        await self._refresh_models()
         async with transaction(self._engine) as connection:
             known = await store.find_request(connection, owner_id, request_id)
             if known is None:
                 job = self._intend(owner_id, plan, request)
-                added = await store.add_request(
-                    connection, owner_id, request_id, digest=digest, job_id=job.job_id, intent=_encode_intent(job)
-                )
-                if not added:  # somebody else noted the same request in this moment
-                    known = await store.find_request(connection, owner_id, request_id)
-                    if known is None:
-                        raise unavailable("the same request is being refused right now; try again", 0.1)
-        if known is not None:
+                if await store.add_request(connection, owner_id, request_id, digest=digest, job_id=job.job_id, intent=_encode_intent(job)):
+                    return Noted(request_id, job, committed=False)
+                known = await store.find_request(connection, owner_id, request_id)  # somebody else noted it in this moment
+                if known is None:
+                    raise unavailable("the same request is being refused right now; try again", 0.1)
             if known.digest != digest:
                 raise MeshError(
                     grpc.StatusCode.ALREADY_EXISTS,
                     Reason.ERROR_REASON_REQUEST_ID_REUSED,
                     "this request_id was used before with other content: a new job needs a new request_id",
                 )
-            if known.intent is None:
-                return await self.get(owner_id, known.job_id)
-            job = _decode_intent(known.intent, known.job_id, owner_id)
-        return await self._commit(job, request_id)  # pyright: ignore[reportPossiblyUnboundVariable]  # bound in either branch
+            if known.intent is not None:
+                return Noted(request_id, _decode_intent(known.intent, known.job_id, owner_id), committed=False)
+            job = await store.get_job(connection, known.job_id, owner_id)
+        if job is None:
+            raise not_found("job")  # it was deleted since
+        return Noted(request_id, job, committed=True)
 
     def _intend(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> Job:
-        priced = pricing.resolve(request.spec, self._models)
+        priced = pricing.resolve(request.spec, self.offers.models)
         cost = priced.cost_millicredits
         if request.quote_id:
             cost = min(cost, self._quotes.read(request.quote_id, owner_id, request.spec).cost_millicredits)
-        deadline = None
+        now = datetime.now(UTC)
+        deadline = now + self._start_within
         if request.HasField("start_deadline"):
-            deadline = _moment(request)
-            if deadline <= datetime.now(UTC):
+            wished = _moment(request)
+            if wished <= now:
                 raise invalid("start_deadline", "lies in the past")
+            deadline = min(deadline, wished)
         return Job(
             job_id=uuid.UUID(bytes=uuid_utils.uuid7().bytes),
             owner_id=owner_id,
@@ -138,35 +195,57 @@ class Jobs:
             start_deadline=deadline,
         )
 
-    async def _commit(self, job: Job, request_id: uuid.UUID) -> jobs_pb2.Job:
-        try:
-            await self._ledger.reserve(job.job_id, job.owner_id, job.estimated_cost)
-        except MeshError as refusal:
-            if refusal.reason != Reason.ERROR_REASON_UNAVAILABLE:
-                async with transaction(self._engine) as connection:
-                    await store.delete_request(connection, job.owner_id, request_id, job.job_id)
-            raise
-        async with transaction(self._engine) as connection:
-            committed = await store.commit_job(connection, job, request_id, fallback_s=FALLBACK_S)
-            position = (await store.queue_positions(connection, [job.job_id])).get(job.job_id, 0) if committed else 0
-        if committed is None:
-            # Whoever undid it may have released before we reserved: nobody else knows of this hold any more.
-            await self._ledger.release_unused(job.job_id)
-            raise unavailable("the request took too long and was undone; try again", 0.5)
-        job, duties = committed
-        await self._delivery.now(job, duties, queue_position=position)
-        _log.info("job.accepted", job_id=str(job.job_id), model=job.model, cost=job.estimated_cost)
-        return self._message(job, position, None)
+    async def _reserve_all(self, jobs: Sequence[Job]) -> None:
+        at_once = asyncio.Semaphore(BATCH_HOLDS_AT_ONCE)
 
-    async def _refresh_models(self) -> None:
-        if time.monotonic() - self._models_read < MODELS_MAX_AGE_S and self._models:
-            return
-        async with reading(self._engine) as connection:
-            offered = await store.offered_models(connection)
-        models = [(inference_pb2.Model.FromString(model), age) for model, age in offered]
-        self._models = {model.model_id: model for model, _ in models}
-        self._silent = {model.model_id for model, age in models if age > WORKER_SILENT_S}
-        self._models_read = time.monotonic()
+        async def reserve(job: Job) -> None:
+            async with at_once:
+                await self._ledger.reserve(job)
+
+        # All are waited for: what is undone after a refusal must not be held a moment later.
+        outcomes = await asyncio.gather(*map(reserve, jobs), return_exceptions=True)
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    async def _undo(self, noted: Sequence[Noted]) -> None:
+        for one in noted:
+            if one.committed:
+                continue
+            async with transaction(self._engine) as connection:
+                # Marked first: a repeat of the same request in this moment must not become a job whose hold is released here.
+                if not await store.abandon_request(connection, one.job.owner_id, one.request_id):
+                    continue
+            await self._ledger.release_unused(one.job.hold_id)
+            async with transaction(self._engine) as connection:
+                await store.delete_request(connection, one.job.owner_id, one.request_id, one.job.job_id)
+
+    async def _commit(self, noted: Sequence[Noted]) -> list[jobs_pb2.Job]:
+        """Make noted jobs real, all in one transaction, and announce them."""
+        accepted: list[tuple[Job, list[store.OutboxRow], int]] = []
+        try:
+            async with transaction(self._engine) as connection:
+                for one in noted:
+                    job = one.job
+                    place = await store.place_of_newcomer(connection, job.pool, job.priority, job.owner_id)
+                    time_left = self.offers.forecast(
+                        model_id=job.model, pool=job.pool, priority=job.priority, steps=job.steps_agreed, place=place
+                    )
+                    job = replace(job, estimate_s=time_left.p50_s)
+                    committed = await store.commit_job(connection, job, one.request_id, fallback_s=FALLBACK_S)
+                    if committed is None:
+                        raise _UndoneError(job)
+                    accepted.append((*committed, place))
+        except _UndoneError as undone:
+            # Whoever undid it may have released before we reserved: nobody else knows of this hold any more.
+            await self._ledger.release_unused(undone.job.hold_id)
+            raise unavailable("the request took too long and was undone; try again", 0.5) from None
+        messages: list[jobs_pb2.Job] = []
+        for job, _, place in accepted:
+            _log.info("job.accepted", job_id=str(job.job_id), model=job.model, cost=job.estimated_cost)
+            messages.append(self._message(job, Circumstances(queue_position=place, worker_away=self.offers.away(job.model))))
+        await asyncio.gather(*(self._delivery.now(job, duties, queue_position=place) for job, duties, place in accepted))
+        return messages
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -201,31 +280,43 @@ class Jobs:
         return list(zip(jobs, await self._messages(jobs), strict=True))
 
     async def _messages(self, jobs: Sequence[Job]) -> list[jobs_pb2.Job]:
-        waiting = [job.job_id for job in jobs if job.state is State.PENDING]
+        pending = [job.job_id for job in jobs if job.state is State.PENDING]
         running = [job.job_id for job in jobs if job.state is State.PROCESSING]
         positions: dict[uuid.UUID, int] = {}
+        of_owner: dict[str, int] = {}
         progress: dict[uuid.UUID, jobs_pb2.Progress] = {}
-        if waiting:
-            await self._refresh_models()
+        if pending:
+            await self.offers.refresh()
             async with reading(self._engine) as connection:
-                positions = await store.queue_positions(connection, waiting)
+                positions = await store.queue_positions(connection, pending)
+                of_owner = await store.running_of_owner(connection, jobs[0].owner_id)
         if running:
             try:
                 progress = await self._log.progress(running)
             except (RedisError, OSError) as error:  # progress is a comfort; the job itself is in PostgreSQL
                 _log.warning("progress.unknown", error=repr(error))
-        return [self._message(job, positions.get(job.job_id, 0), progress.get(job.job_id)) for job in jobs]
-
-    def _message(self, job: Job, position: int, progress: jobs_pb2.Progress | None) -> jobs_pb2.Job:
-        waiting = None
-        if job.state is State.PENDING:
-            waiting = jobs_pb2.Waiting(
-                reason=jobs_pb2.Waiting.REASON_IN_QUEUE,
-                message=f"{position - 1} jobs are before it" if position > 1 else "it is next",
+        return [
+            self._message(
+                job,
+                Circumstances(
+                    queue_position=positions.get(job.job_id, 0),
+                    worker_away=self.offers.away(job.model),
+                    owner_running=of_owner.get(job.pool, 0),
+                    progress=progress.get(job.job_id),
+                ),
             )
-            if job.model in self._silent:
-                waiting = jobs_pb2.Waiting(reason=jobs_pb2.Waiting.REASON_NO_WORKER, message=f"no worker offers {job.model} right now")
-        return job_message(job, self._presign, progress=progress, queue_position=position, waiting=waiting)
+            for job in jobs
+        ]
+
+    def _message(self, job: Job, around: Circumstances) -> jobs_pb2.Job:
+        around = replace(around, owner_limit=self._owner_limits.get(job.priority, 0))
+        return job_message(
+            job,
+            self._presign,
+            progress=around.progress,
+            queue_position=around.queue_position,
+            waiting=waiting(job, around, datetime.now(UTC)),
+        )
 
     # --- stopping ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +328,7 @@ class Jobs:
                 if job is None:
                     raise not_found("job")
                 if job.state is State.CANCELLED:
-                    return self._message(job, 0, None)
+                    return self._message(job, Circumstances())
                 if job.state.terminal:
                     state = jobs_pb2.State.Name(jobs_pb2.State.ValueType(job.state))
                     raise precondition(Reason.ERROR_REASON_JOB_TERMINAL, "the job has ended already", {"state": state})
@@ -249,7 +340,7 @@ class Jobs:
                     asked = await store.request_cancel(connection, job_id, owner_id)
             if ended is not None:
                 await self._delivery.now(*ended)
-                return self._message(ended[0], 0, None)
+                return self._message(ended[0], Circumstances())
             if asked is not None:
                 try:
                     await self._log.ask_to_cancel(job_id)
@@ -257,6 +348,24 @@ class Jobs:
                     _log.warning("cancel.not_told", job_id=str(job_id), error=repr(error))
                 return (await self._messages([asked]))[0]
         raise unavailable("the job is changing its state right now; try again", 0.2)
+
+
+class _UndoneError(Exception):
+    """A submit request was marked as abandoned before its job was committed."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(str(job.job_id))
+        self.job = job
+
+
+@contextmanager
+def _within(path: str) -> Generator[None]:
+    """Refusals of the block name their fields below `path`."""
+    try:
+        yield
+    except MeshError as refusal:
+        refusal.violations = tuple((f"{path}.{field}", description) for field, description in refusal.violations)
+        raise
 
 
 def _without_id(request: jobs_pb2.CreateJobRequest) -> jobs_pb2.CreateJobRequest:

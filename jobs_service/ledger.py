@@ -1,6 +1,7 @@
 """credit_service as jobs_service sees it: hold before a job is accepted, settle after it ended.
 
-Every id used for money is the job's id, never an attempt's: repeating a call repeats its answer.
+Every id used for money is the job's id, or derives from it when a failed job is retried, and never from an attempt: repeating a call
+repeats its answer.
 """
 
 import uuid
@@ -32,10 +33,17 @@ class Ledger:
         self._timeout_s = timeout_s
         self._hold_ttl = duration_pb2.Duration(seconds=hold_ttl_s)
 
-    async def reserve(self, job_id: uuid.UUID, owner_id: uuid.UUID, amount: int) -> None:
-        """Hold the price of a job. Raises what credit_service refuses: INSUFFICIENT_CREDITS …, UNAVAILABLE."""
+    async def reserve(self, job: Job, reservation_id: uuid.UUID | None = None) -> None:
+        """Hold the price of a job, under its own hold's id or another one.
+
+        Raises what credit_service refuses: INSUFFICIENT_CREDITS …, UNAVAILABLE.
+        """
         request = credits_pb2.ReserveCreditsRequest(
-            reservation_id=str(job_id), user_id=str(owner_id), amount_millicredits=amount, ttl=self._hold_ttl
+            reservation_id=str(reservation_id or job.hold_id),
+            user_id=str(job.owner_id),
+            amount_millicredits=job.estimated_cost,
+            ttl=self._hold_ttl,
+            job_id=str(job.job_id),
         )
         try:
             response = await self._stub.ReserveCredits(request, timeout=self._timeout_s, metadata=call_metadata())
@@ -49,7 +57,7 @@ class Ledger:
         """Capture the cost of an ended job, or release its hold when it costs nothing. Raises UNAVAILABLE."""
         if job.cost is None:
             raise ValueError(f"job {job.job_id} has not ended")
-        reservation_id = str(job.job_id)
+        reservation_id = str(job.hold_id)
         try:
             if job.cost > 0:
                 capture = credits_pb2.CaptureReservationRequest(reservation_id=reservation_id, amount_millicredits=job.cost)
@@ -61,12 +69,12 @@ class Ledger:
             if refusal.reason not in SETTLED_OTHERWISE:
                 raise refusal from error
             # Nothing we do again can change it: a person has to look (the audit finds it too).
-            _log.error("settle.refused", job_id=reservation_id, cost=job.cost, reason=Reason.Name(refusal.reason))
+            _log.error("settle.refused", job_id=str(job.job_id), cost=job.cost, reason=Reason.Name(refusal.reason))
 
-    async def release_unused(self, job_id: uuid.UUID) -> None:
-        """Release the hold of a job that never came to be, if there is one. Raises UNAVAILABLE."""
+    async def release_unused(self, reservation_id: uuid.UUID) -> None:
+        """Release the hold of a job or a retry that never came to be, if there is one. Raises UNAVAILABLE."""
         try:
-            await self._release(str(job_id))
+            await self._release(str(reservation_id))
         except grpc.aio.AioRpcError as error:
             refusal: MeshError = from_rpc_error(error)
             if refusal.reason not in SETTLED_OTHERWISE:

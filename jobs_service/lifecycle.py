@@ -1,17 +1,25 @@
 """The life of a job: its record, its states, what each ending costs. No I/O.
 
     pending ──► processing ──► completed
-       │  ▲          │  ├────► failed
-       │  └─ retry ──┘  └────► cancelled
-       └─────────────────────► cancelled | failed
+     │  ▲  ▲      │  ▲  │ ├──► failed ──┐
+     │  │  └──────┘  └──┘ └──► cancelled│
+     │  └─────── retried ───────────────┘
+     └───────────────────────► cancelled
 
-Every change of state raises `version` by one; `attempt` counts the starts and is the fencing token of a worker's writes.
+Every change of state raises `version` by one: it fences. A write names the version it began with, and comes too late once another
+was first. `attempt` counts the starts for people; `failures` counts the attempts that failed or were lost against their limit.
+docs/state-machine.md draws it, with who may do what.
 """
 
 import enum
+import hashlib
+import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+
+from servicekit.errors import MeshError, Reason
 
 
 class State(enum.IntEnum):
@@ -30,13 +38,14 @@ class State(enum.IntEnum):
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.PENDING: frozenset({State.PROCESSING, State.CANCELLED, State.FAILED}),
+    State.PENDING: frozenset({State.PROCESSING, State.CANCELLED}),
     State.PROCESSING: frozenset({State.PROCESSING, State.PENDING, State.COMPLETED, State.FAILED, State.CANCELLED}),
     State.COMPLETED: frozenset(),
-    State.FAILED: frozenset(),
+    State.FAILED: frozenset({State.PENDING}),
     State.CANCELLED: frozenset(),
 }
-"""From each state, where a job may go. processing → processing is a takeover after a lost lease."""
+"""From each state, where a job may go. processing → processing is a takeover after a lost lease; failed → pending a retry that
+somebody asked for, with a new hold."""
 
 
 def sources(target: State) -> list[State]:
@@ -72,17 +81,39 @@ class Job:
     steps_agreed: int
     estimated_cost: int
     attempt: int = 0
+    failures: int = 0
+    """Attempts that failed or were lost since the job was submitted or retried."""
+    retry_count: int = 0
+    """How often it was put back after it had failed for good."""
+    retry_time: datetime | None = None
+    """When the next attempt is due, after a failed one."""
+    reservation_id: uuid.UUID | None = None
+    """The hold of a retried job; None: the first one, which has the job's id."""
     worker_id: str = ""
     queue_entry: str = ""
     steps_done: int = 0
     cost: int | None = None
     assets: tuple[bytes, ...] = field(default=())
     error: bytes | None = None
+    failure_reason: str | None = None
+    fingerprint: str | None = None
+    estimate_s: float | None = None
+    """Seconds from submission to the end, as estimated at submission."""
     cancel_requested_time: datetime | None = None
     start_deadline: datetime | None = None
     create_time: datetime | None = None
     start_time: datetime | None = None
     finish_time: datetime | None = None
+
+    @property
+    def hold_id(self) -> uuid.UUID:
+        """Id of the reservation that pays for the job now."""
+        return self.reservation_id or self.job_id
+
+    @property
+    def media_prefix(self) -> str:
+        """Where its media lie: the same for every attempt, so that a retry overwrites and nothing is left behind."""
+        return f"{self.owner_id}/{self.job_id}/"
 
 
 def cost_of(state: State, *, estimated_cost: int, steps_agreed: int, steps_done: int) -> int:
@@ -95,6 +126,52 @@ def cost_of(state: State, *, estimated_cost: int, steps_agreed: int, steps_done:
     return 0
 
 
-def retry_delay_s(attempt: int) -> float:
-    """Wait before attempt `attempt` + 1: 1 s, 2 s, 4 s … at most a minute."""
-    return min(60.0, 2.0 ** (attempt - 1))
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Waits between attempts: the first, then doubled, at most `cap_s`."""
+
+    base_s: float
+    cap_s: float
+
+
+BACKOFFS: Mapping[int, Backoff] = {
+    Reason.ERROR_REASON_WORKER_LOST: Backoff(1, 60),
+    Reason.ERROR_REASON_UNAVAILABLE: Backoff(1, 60),
+    # Of the inference service: more attempts than it lets wait.
+    Reason.ERROR_REASON_LIMIT_REACHED: Backoff(1, 60),
+    # A store or a GPU's memory does not come back within a second.
+    Reason.ERROR_REASON_STORE_FAILED: Backoff(4, 300),
+    Reason.ERROR_REASON_MODEL_OUT_OF_MEMORY: Backoff(4, 120),
+}
+"""Failures that another attempt may not meet again. Any other reason lies in the job itself: it is never retried."""
+
+
+def retry_delay_s(reason: int, failures: int, *, max_attempts: int, jitter: float) -> float | None:
+    """Seconds to wait before the attempt after the `failures`-th failed one; None: there is none.
+
+    `jitter` in [0, 1) takes off up to half, so that what failed together does not come back together.
+    """
+    backoff = BACKOFFS.get(reason)
+    if backoff is None or failures >= max_attempts:
+        return None
+    return min(backoff.cap_s, backoff.base_s * 2.0 ** (failures - 1)) * (1 - jitter / 2)
+
+
+_IDS_AND_NUMBERS = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{8,}|\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job failed for good. `error` is a serialised google.rpc.Status."""
+
+    error: bytes
+    reason: str
+    fingerprint: str
+
+
+def failure(refusal: MeshError, model: str) -> Failure:
+    """The failure that a refusal is; its fingerprint is the same for the same cause, whatever the numbers and ids in its words."""
+    reason = Reason.Name(refusal.reason)
+    words = _IDS_AND_NUMBERS.sub("#", refusal.message.lower())
+    fingerprint = hashlib.sha256("\0".join((reason, model, words)).encode()).hexdigest()[:16]
+    return Failure(refusal.to_status().SerializeToString(), reason, fingerprint)

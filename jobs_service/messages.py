@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from google.protobuf import timestamp_pb2
@@ -63,6 +64,72 @@ def job_message(
         start_time=timestamp(job.start_time),
         finish_time=timestamp(job.finish_time),
         cancel_requested=job.cancel_requested_time is not None,
+        retry_count=job.retry_count,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What decides how long a job waits, beside the job itself."""
+
+    queue_position: int = 0
+    worker_away: bool = False
+    """No worker offers its model."""
+    owner_running: int = 0
+    owner_limit: int = 0
+    """0: no limit."""
+    progress: jobs_pb2.Progress | None = None
+
+
+def waiting(job: Job, around: Circumstances, now: datetime) -> jobs_pb2.Waiting | None:
+    """What a job waits for, in fields and in words; None when it does not wait."""
+    reasons = jobs_pb2.Waiting
+    if job.state is State.PROCESSING:
+        if around.progress is None or around.progress.stage != jobs_pb2.STAGE_LOADING:
+            return None
+        return reasons(reason=reasons.REASON_MODEL_LOADING, message=f"{job.model} is being loaded", model=job.model)
+    if job.state is not State.PENDING:
+        return None
+    facts = reasons(
+        queue_position=around.queue_position,
+        owner_running=around.owner_running,
+        owner_limit=around.owner_limit,
+        model=job.model,
+        retry_time=timestamp(job.retry_time),
+    )
+    if job.retry_time is not None and job.retry_time > now:
+        facts.reason = reasons.REASON_RETRY
+        facts.message = f"attempt {job.attempt} failed, the next one begins in {(job.retry_time - now).total_seconds():.0f} s or later"
+    elif around.worker_away:
+        facts.reason, facts.message = reasons.REASON_NO_WORKER, f"no worker offers {job.model} right now"
+    elif 0 < around.owner_limit <= around.owner_running:
+        facts.reason = reasons.REASON_OWNER_LIMIT
+        facts.message = f"{around.owner_running} of its owner's jobs run, as many as may run at once"
+    else:
+        facts.reason = reasons.REASON_IN_QUEUE
+        ahead = around.queue_position - 1
+        facts.message = "it is next" if ahead <= 0 else f"{ahead} {'job is' if ahead == 1 else 'jobs are'} before it"
+    return facts
+
+
+def dead_letter_message(job: Job, *, released: bool) -> jobs_pb2.DeadLetter:
+    """A failed job as an operator sees it."""
+    letter = jobs_pb2.DeadLetter
+    return letter(
+        job_id=str(job.job_id),
+        owner_id=str(job.owner_id),
+        kind=jobs_pb2.Kind.ValueType(job.kind),
+        model=job.model,
+        reason=job.failure_reason or "",
+        message=status_pb2.Status.FromString(job.error or b"").message,
+        fingerprint=job.fingerprint or "",
+        attempt=job.attempt,
+        retry_count=job.retry_count,
+        worker_id=job.worker_id,
+        create_time=timestamp(job.create_time),
+        fail_time=timestamp(job.finish_time),
+        hold=letter.HOLD_RELEASED if released else letter.HOLD_RELEASING,
+        estimated_cost_millicredits=job.estimated_cost,
     )
 
 

@@ -1,18 +1,27 @@
-"""JobsService: messages in, domain calls, messages out."""
+"""JobsService and JobsAdminService: messages in, domain calls, messages out."""
 
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
 
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
+from jobs_service.dead_letters import DeadLetters
+from jobs_service.deletion import Deletions
 from jobs_service.events import EventLog
 from jobs_service.jobs import Jobs
+from jobs_service.messages import dead_letter_message, timestamp
+from jobs_service.queue_stats import QueueStats
 from jobs_service.watch import Hub, WatchRequest, WatchStream
 from servicekit import paging
 from servicekit.identity import current_principal, current_user_id
+
+REQUEUE_DEFAULT = 100
+REQUEUE_MAX = 1000
+EPOCH = datetime.fromtimestamp(0, UTC)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -20,8 +29,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     """Jobs of the signed-in user."""
 
-    def __init__(self, jobs: Jobs, hub: Hub, log: EventLog, *, checkpoint_interval_s: float) -> None:
+    def __init__(
+        self, jobs: Jobs, dead_letters: DeadLetters, deletions: Deletions, hub: Hub, log: EventLog, *, checkpoint_interval_s: float
+    ) -> None:
         self._jobs = jobs
+        self._dead_letters = dead_letters
+        self._deletions = deletions
         self._hub = hub
         self._log = log
         self._checkpoint_interval_s = checkpoint_interval_s
@@ -33,8 +46,8 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             cost_millicredits=estimate.quote.cost_millicredits,
             quote_id=estimate.quote_id,
             queue_position=estimate.queue_position,
-            eta_p50_seconds=estimate.eta_p50_s,
-            eta_p90_seconds=estimate.eta_p90_s,
+            eta_p50_seconds=estimate.forecast.p50_s,
+            eta_p90_seconds=estimate.forecast.p90_s,
         )
         response.quote_expire_time.FromSeconds(estimate.quote.expire_time)
         return response
@@ -42,6 +55,11 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
     async def CreateJob(self, request: jobs_pb2.CreateJobRequest, context: Context) -> jobs_pb2.CreateJobResponse:
         """See the proto."""
         return jobs_pb2.CreateJobResponse(job=await self._jobs.create(_owner(), current_principal().plan, request))
+
+    async def BatchCreateJobs(self, request: jobs_pb2.BatchCreateJobsRequest, context: Context) -> jobs_pb2.BatchCreateJobsResponse:
+        """See the proto."""
+        jobs = await self._jobs.create_batch(_owner(), current_principal().plan, request.requests)
+        return jobs_pb2.BatchCreateJobsResponse(jobs=jobs)
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
         """See the proto."""
@@ -64,6 +82,23 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         """See the proto."""
         return jobs_pb2.CancelJobResponse(job=await self._jobs.cancel(_owner(), uuid.UUID(request.job_id)))
 
+    async def RetryJob(self, request: jobs_pb2.RetryJobRequest, context: Context) -> jobs_pb2.RetryJobResponse:
+        """See the proto."""
+        job = await self._dead_letters.retry(uuid.UUID(request.job_id), _owner())
+        return jobs_pb2.RetryJobResponse(job=await self._jobs.get(_owner(), job.job_id))
+
+    async def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: Context) -> jobs_pb2.DeleteJobResponse:
+        """See the proto."""
+        removed = await self._deletions.delete(_owner(), uuid.UUID(request.job_id))
+        receipt = jobs_pb2.DeletionReceipt(
+            job_id=str(removed.job_id),
+            delete_time=timestamp(removed.delete_time),
+            object_count=removed.object_count,
+            size_bytes=removed.size_bytes,
+            media_pending=removed.media_pending,
+        )
+        return jobs_pb2.DeleteJobResponse(receipt=receipt)
+
     async def WatchJobs(self, request: jobs_pb2.WatchJobsRequest, context: Context) -> AsyncGenerator[jobs_pb2.WatchJobsResponse, None]:
         """See the proto. Yields messages already serialised: an event is serialised once for all its watchers."""
         stream = WatchStream(self._hub, self._log, self._jobs.snapshots, checkpoint_interval_s=self._checkpoint_interval_s)
@@ -76,6 +111,58 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         async with aclosing(stream.run(watch)) as messages:
             async for message in messages:
                 yield message  # pyright: ignore[reportReturnType]
+
+
+class JobsAdminServicer(jobs_pb2_grpc.JobsAdminServiceServicer):
+    """The queue, for administrators."""
+
+    def __init__(self, dead_letters: DeadLetters, queue_stats: QueueStats) -> None:
+        self._dead_letters = dead_letters
+        self._queue_stats = queue_stats
+
+    async def GetQueueStats(self, request: jobs_pb2.GetQueueStatsRequest, context: Context) -> jobs_pb2.GetQueueStatsResponse:
+        """See the proto."""
+        return jobs_pb2.GetQueueStatsResponse(pools=await self._queue_stats())
+
+    async def ListDeadLetters(self, request: jobs_pb2.ListDeadLettersRequest, context: Context) -> jobs_pb2.ListDeadLettersResponse:
+        """See the proto."""
+        query = b"\0".join((b"dead letters", request.fingerprint.encode(), request.reason.encode()))
+        before = paging.decode_token(request.page_token, query)
+        page, more = await self._dead_letters.page(
+            limit=paging.page_limit(request.page_size),
+            before=_failure_position(before) if before else None,
+            fingerprint=request.fingerprint,
+            reason=request.reason,
+        )
+        return jobs_pb2.ListDeadLettersResponse(
+            dead_letters=[dead_letter_message(letter.job, released=letter.released) for letter in page],
+            next_page_token=paging.encode_token(_failure_bytes(*more), query) if more else "",
+        )
+
+    async def RequeueDeadLetter(self, request: jobs_pb2.RequeueDeadLetterRequest, context: Context) -> jobs_pb2.RequeueDeadLetterResponse:
+        """See the proto."""
+        if request.HasField("job_id"):
+            job = await self._dead_letters.retry(uuid.UUID(request.job_id))
+            return jobs_pb2.RequeueDeadLetterResponse(job_ids=[str(job.job_id)])
+        limit = min(request.max_count or REQUEUE_DEFAULT, REQUEUE_MAX)
+        outcomes = await self._dead_letters.requeue(request.fingerprint, limit=limit)
+        return jobs_pb2.RequeueDeadLetterResponse(
+            job_ids=[str(outcome.job_id) for outcome in outcomes if outcome.refusal is None],
+            refusals=[
+                jobs_pb2.RequeueDeadLetterResponse.Refusal(job_id=str(outcome.job_id), error=outcome.refusal.to_status())
+                for outcome in outcomes
+                if outcome.refusal is not None
+            ],
+        )
+
+
+def _failure_bytes(moment: datetime, job_id: uuid.UUID) -> bytes:
+    """Where a page of dead letters ends: the failure's time in microseconds, then the job."""
+    return ((moment - EPOCH) // timedelta(microseconds=1)).to_bytes(8, "big") + job_id.bytes
+
+
+def _failure_position(position: bytes) -> tuple[datetime, uuid.UUID]:
+    return EPOCH + timedelta(microseconds=int.from_bytes(position[:8], "big")), uuid.UUID(bytes=position[8:])
 
 
 def _owner() -> uuid.UUID:

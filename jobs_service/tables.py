@@ -22,12 +22,19 @@ jobs = sa.Table(
     sa.Column("steps_agreed", sa.Integer, nullable=False),
     sa.Column("estimated_cost", sa.BigInteger, nullable=False),
     sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("retry_count", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("retry_time", sa.DateTime(timezone=True)),
+    sa.Column("reservation_id", pg.UUID(as_uuid=True)),
     sa.Column("worker_id", sa.Text, nullable=False, server_default=""),
     sa.Column("queue_entry", sa.Text, nullable=False, server_default=""),
     sa.Column("steps_done", sa.Integer, nullable=False, server_default="0"),
     sa.Column("cost", sa.BigInteger),
     sa.Column("assets", pg.ARRAY(sa.LargeBinary), nullable=False, server_default="{}"),
     sa.Column("error", sa.LargeBinary),
+    sa.Column("failure_reason", sa.Text),
+    sa.Column("fingerprint", sa.Text),
+    sa.Column("estimate_s", sa.Double),
     sa.Column("cancel_requested_time", sa.DateTime(timezone=True)),
     sa.Column("start_deadline", sa.DateTime(timezone=True)),
     sa.Column("create_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
@@ -48,6 +55,25 @@ requests = sa.Table(
     sa.Column("create_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
 )
 
+# A retry under way: the new hold may exist already, the job is not pending yet.
+retries = sa.Table(
+    "retries",
+    metadata,
+    sa.Column("job_id", pg.UUID(as_uuid=True), primary_key=True),
+    sa.Column("reservation_id", pg.UUID(as_uuid=True), nullable=False),
+    sa.Column("abandoned", sa.Boolean, nullable=False, server_default="false"),
+    sa.Column("create_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
+)
+
+# A job that is gone, whose media may still be there.
+deletions = sa.Table(
+    "deletions",
+    metadata,
+    sa.Column("job_id", pg.UUID(as_uuid=True), primary_key=True),
+    sa.Column("owner_id", pg.UUID(as_uuid=True), nullable=False),
+    sa.Column("delete_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
+)
+
 outbox = sa.Table(
     "outbox",
     metadata,
@@ -63,6 +89,16 @@ models = sa.Table(
     metadata,
     sa.Column("model_id", sa.Text, primary_key=True),
     sa.Column("model", sa.LargeBinary, nullable=False),
+    sa.Column("seen_time", sa.DateTime(timezone=True), nullable=False),
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("worker_id", sa.Text, primary_key=True),
+    sa.Column("pools", pg.ARRAY(sa.Text), nullable=False),
+    sa.Column("slot_count", sa.Integer, nullable=False),
+    sa.Column("loaded_models", pg.ARRAY(sa.Text), nullable=False),
     sa.Column("seen_time", sa.DateTime(timezone=True), nullable=False),
 )
 

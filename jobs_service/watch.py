@@ -4,6 +4,7 @@ A watcher that does not keep up loses intermediate progress (newest wins), never
 """
 
 import asyncio
+import math
 import time
 import uuid
 from collections import defaultdict, deque
@@ -12,6 +13,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+import grpc
 import structlog
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
@@ -19,7 +21,7 @@ from redis.exceptions import RedisError
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service.events import START, EventLog, Position, StoredEvent, Token, owner_tag, shard_of
 from jobs_service.lifecycle import Job
-from servicekit.errors import Reason, unauthenticated, unavailable
+from servicekit.errors import MeshError, Reason, unauthenticated, unavailable
 from servicekit.streams import BLOCK_MS
 
 READ_COUNT = 512
@@ -28,6 +30,10 @@ BACKLOG_SOFT = 128
 """Events a watcher may lag before intermediate ones are dropped."""
 BACKLOG_HARD = 2048
 """Changes of state a watcher may lag before it is sent snapshots instead."""
+OFFERS_AT_ONCE = 2_000
+"""Offers the reader makes before it lets the streams have a turn: about two milliseconds of work."""
+KNOWN_MAX = 4_096
+"""Jobs of which a watch of everything remembers what it told; the oldest is forgotten first."""
 RETRY_S = 0.5
 
 WATCHERS = Gauge("genmesh_watchers", "Open watches")
@@ -59,7 +65,15 @@ class Watcher:
         self.lost = False
         """Set when events were lost for this watcher: it has to start over with snapshots."""
         self._backlog: deque[Ready] = deque()
-        self._wake = asyncio.Event()
+        self._woken = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = math.inf
+
+    @property
+    def topics(self) -> list[tuple[str, str]]:
+        """Where the reader looks for it: owner and job; no job for all of them."""
+        return [(self.owner_id, job_id) for job_id in self.job_ids or ("",)]
 
     def wants(self, job_id: str) -> bool:
         """Whether events of this job are for this watcher."""
@@ -73,13 +87,13 @@ class Watcher:
                 self.lose()
                 return
         self._backlog.append(event)
-        self._wake.set()
+        self.wake()
 
     def lose(self) -> None:
         """Make the watcher start over."""
         self._backlog.clear()
         self.lost = True
-        self._wake.set()
+        self.wake()
 
     def start_over(self) -> None:
         """Forget what was offered so far: snapshots read from now on have it."""
@@ -88,18 +102,42 @@ class Watcher:
 
     def wake(self) -> None:
         """Make `wait` return."""
-        self._wake.set()
+        self._woken = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def next(self) -> Ready | None:
         """The oldest event not taken yet."""
         if not self._backlog:
-            self._wake.clear()
+            self._woken = False
             return None
         return self._backlog.popleft()
 
-    async def wait(self) -> None:
-        """Return when there may be something to take."""
-        await self._wake.wait()
+    async def wait(self, timeout_s: float) -> None:
+        """Return when there may be something to take, at the latest after `timeout_s`; now and then before, for nothing."""
+        if self._woken:
+            return
+        loop = asyncio.get_running_loop()
+        # A timer that rings too early stays: starting and ending one for each event would cost more than handing it over.
+        due = time.monotonic() + timeout_s
+        if due < self._timer_due:
+            self.close()
+            self._timer, self._timer_due = loop.call_later(timeout_s, self._ring), due
+        self._waiter = loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _ring(self) -> None:
+        self._timer, self._timer_due = None, math.inf
+        self.wake()
+
+    def close(self) -> None:
+        """Ring no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._timer_due = None, math.inf
 
 
 class Hub:
@@ -107,7 +145,8 @@ class Hub:
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
-        self._watchers: defaultdict[str, set[Watcher]] = defaultdict(set)
+        self._watchers: set[Watcher] = set()
+        self._by_topic: defaultdict[tuple[str, str], set[Watcher]] = defaultdict(set)
         self._positions: dict[int, Position] = {}
         self.epoch = ""
         self.reading = asyncio.Event()
@@ -134,26 +173,30 @@ class Hub:
     def watching(self, owner_id: uuid.UUID, job_ids: Sequence[str]):
         """A watcher that is offered events while the block runs."""
         watcher = Watcher(str(owner_id), frozenset(job_ids))
-        self._watchers[watcher.owner_id].add(watcher)
+        self._watchers.add(watcher)
+        for topic in watcher.topics:
+            self._by_topic[topic].add(watcher)
         WATCHERS.inc()
         try:
             yield watcher
         finally:
             WATCHERS.dec()
-            mine = self._watchers[watcher.owner_id]
-            mine.discard(watcher)
-            if not mine:
-                del self._watchers[watcher.owner_id]
+            watcher.close()
+            self._watchers.discard(watcher)
+            for topic in watcher.topics:
+                others = self._by_topic[topic]
+                others.discard(watcher)
+                if not others:
+                    del self._by_topic[topic]
 
     def drain(self) -> None:
         """End all watches."""
         self.draining = True
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                watcher.wake()
+        for watcher in self._watchers:
+            watcher.wake()
 
     async def run(self) -> None:
-        """Read until cancelled. Redis away: tries again; Redis emptied: every watcher starts over with snapshots."""
+        """Read until cancelled. Redis away: tries again; a new life of Redis: every watcher starts over with snapshots."""
         while True:
             try:
                 await self._round()
@@ -167,16 +210,19 @@ class Hub:
         if epoch != self.epoch:
             self._positions = await self._log.ends()
             self.epoch = epoch
-            for watchers in self._watchers.values():
-                for watcher in watchers:
-                    watcher.lose()
+            for watcher in self._watchers:
+                watcher.lose()
         self.reading.set()
         batches = await self._log.read(self._positions, count=READ_COUNT, block_ms=BLOCK_MS)
         full = {shard for shard, events in batches if len(events) >= READ_COUNT}
+        offers = 0
         for shard, events in batches:
             for event in events:
-                self._hand_out(event)
-            self._positions[shard] = events[-1].position
+                offers += self._hand_out(event)
+                self._positions[shard] = event.position  # a watch may begin during the pause
+                if offers >= OFFERS_AT_ONCE:
+                    offers = 0
+                    await asyncio.sleep(0)
         for shard, position in self._positions.items():
             # A quiet stream moves on too, or its tokens would grow old without anything having been missed.
             if shard not in full and position < before:
@@ -184,16 +230,22 @@ class Hub:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    def _hand_out(self, stored: StoredEvent) -> None:
-        watchers = self._watchers.get(stored.owner_id)
-        if not watchers:
-            return
-        interested = [watcher for watcher in watchers if watcher.wants(stored.job_id)]
-        if interested:
+    def _hand_out(self, stored: StoredEvent) -> int:
+        mine = self._by_topic.get((stored.owner_id, stored.job_id), ())
+        everything = self._by_topic.get((stored.owner_id, ""), ())
+        count = len(mine) + len(everything)
+        if count:
             ready = self.ready(stored)
-            for watcher in interested:
+            for watcher in mine:
                 watcher.offer(ready)
-            DELIVERED.inc(len(interested))
+            for watcher in everything:
+                watcher.offer(ready)
+            DELIVERED.inc(count)
+        return count
+
+    def token(self, owner_id: uuid.UUID) -> Token:
+        """What has been handed out by now of an owner's events."""
+        return Token(self.epoch, owner_tag(owner_id), self.position(shard_of(owner_id)))
 
     def ready(self, stored: StoredEvent) -> Ready:
         """Serialise an event for its watchers."""
@@ -232,45 +284,47 @@ class WatchStream:
         self._log = log
         self._snapshots = snapshots
         self._checkpoint_interval_s = checkpoint_interval_s
-        # What the client knows, by job: the numbers of the newest event, the jobs it asked for that have not ended.
-        self._sequences: dict[str, int] = {}
         self._versions: dict[str, int] = {}
-        self._remaining: set[str] = set()
+        """Newest version that the client was told of each job."""
+        self._open: set[str] = set()
+        """Jobs that the client asked for or was told of, and takes for unfinished."""
         self._after = START
         """Events up to here were sent by the replay, or seen by the client before."""
+
+    @property
+    def known(self) -> set[str]:
+        """Jobs of which the stream remembers something."""
+        return self._versions.keys() | self._open
 
     async def run(self, request: WatchRequest) -> AsyncGenerator[bytes, None]:
         """Serialised WatchJobsResponses until every job asked for has ended (never, when all are watched)."""
         shard = shard_of(request.owner_id)
         token = Token.decode(request.resume_token, owner_id=request.owner_id) if request.resume_token else None
-        self._remaining = set(request.job_ids)
+        self._open = set(request.job_ids)
         # What was published before the snapshots are read lies before their token: resuming there does not repeat it.
         await self._hub.reach(shard, START if token else await self._log.end(shard))
         with self._hub.watching(request.owner_id, request.job_ids) as watcher, suppress(_AllEndedError):
-            until = self._hub.position(shard)
-            honoured = token is not None and self._log.honours(token, self._hub.epoch)
+            here = self._hub.token(request.owner_id)
+            honoured = token is not None and self._log.honours(token, here.epoch)
             if token is not None and not honoured:
                 request = replace(request, ended_since=token.time)
             known = await self._snapshots(request)
             if token is not None and honoured:
-                first = self._replay(shard, token, until, watcher, known)
+                first = self._replay(shard, token, here.position, watcher, known)
             else:
-                first = self._begin(request, until, known)
+                first = self._begin(request, here, known)
             async with aclosing(first) as messages:
                 async for data in messages:
                     yield data
-            async with aclosing(self._live(request, shard, watcher)) as messages:
+            async with aclosing(self._live(request, watcher)) as messages:
                 async for data in messages:
                     yield data
 
-    async def _begin(self, request: WatchRequest, position: Position, known: list[tuple[Job, jobs_pb2.Job]]) -> AsyncGenerator[bytes, None]:
-        # The snapshots were read after `position` was taken: whoever resumes there misses nothing that they lack.
-        token = Token(self._hub.epoch, owner_tag(request.owner_id), position).encode()
+    async def _begin(self, request: WatchRequest, here: Token, known: list[tuple[Job, jobs_pb2.Job]]) -> AsyncGenerator[bytes, None]:
+        # The snapshots were read after `here` was taken: whoever resumes there misses nothing that they lack.
+        token = here.encode()
         for job, message in known:
-            key = str(job.job_id)
-            self._versions[key] = job.version
-            if job.state.terminal:
-                self._remaining.discard(key)
+            self._told(str(job.job_id), job.version, ended=job.state.terminal)
             yield jobs_pb2.WatchJobsResponse(snapshot=message, resume_token=token).SerializeToString()
         if not known:
             yield _checkpoint(token)
@@ -279,17 +333,17 @@ class WatchStream:
     async def _replay(
         self, shard: int, token: Token, until: Position, watcher: Watcher, known: list[tuple[Job, jobs_pb2.Job]]
     ) -> AsyncGenerator[bytes, None]:
-        ends = await self._log.final_positions(sorted(self._remaining))
-        for key, position in ends.items():
-            if position <= token.position:
-                self._remaining.discard(key)  # the client has seen it end
+        newest = await self._log.newest(sorted(self._open))
+        for key, last in newest.items():
+            if last.final and last.position <= token.position:
+                self._open.discard(key)  # the client has seen it end
         for job, message in known:
-            if job.state.terminal and str(job.job_id) in self._remaining - ends.keys():
+            key = str(job.job_id)
+            if job.state.terminal and key in self._open and (key not in newest or newest[key].version < job.version):
                 # Its last event is not published yet, or long forgotten: the client need not wait for it.
-                self._remaining.discard(str(job.job_id))
-                self._versions[str(job.job_id)] = job.version
+                self._told(key, job.version, ended=True)
                 yield jobs_pb2.WatchJobsResponse(snapshot=message, resume_token=token.encode()).SerializeToString()
-        if watcher.job_ids and not self._remaining:
+        if watcher.job_ids and not self._open:
             yield _checkpoint(token.encode())
             raise _AllEndedError
         after = token.position
@@ -303,54 +357,71 @@ class WatchStream:
                         yield data
             if len(events) < REPLAY_COUNT:
                 break
-        if watcher.job_ids and not self._remaining:
+        # Looked at now, not at each end on the way: a job that failed may have been retried since.
+        if watcher.job_ids and not self._open:
             raise _AllEndedError
         self._after = max(token.position, until)
 
-    async def _live(self, request: WatchRequest, shard: int, watcher: Watcher) -> AsyncGenerator[bytes, None]:
+    async def _live(self, request: WatchRequest, watcher: Watcher) -> AsyncGenerator[bytes, None]:
         last_sent = time.monotonic()
         while True:
             self._check_alive(request)
             if watcher.lost:
                 watcher.start_over()
-                position = self._hub.position(shard)
+                here = self._hub.token(request.owner_id)
                 known = await self._again(request)
                 self._versions.clear()
                 self._after = START
-                async with aclosing(self._begin(request, position, known)) as messages:
+                async with aclosing(self._begin(request, here, known)) as messages:
                     async for data in messages:
                         yield data
                 last_sent = time.monotonic()
             event = watcher.next()
             if event is not None:
-                data = self._accept(event) if event.position > self._after else None
+                if self._after is not START:
+                    if event.position <= self._after:
+                        continue
+                    self._after = START  # so is everything that comes now
+                # Nearly every event is one of a state that the client knows.
+                known_state = event.version == self._versions.get(event.job_id) and not event.is_state
+                data = event.data if known_state else self._accept(event)
                 if data is not None:
                     yield data
                     last_sent = time.monotonic()
-                    self._check_ended(request)
+                    if event.final:
+                        self._check_ended(request)
                 continue
             silence_s = time.monotonic() - last_sent
             if silence_s >= self._checkpoint_interval_s:
                 # Nothing is waiting, so everything up to the hub's position has been sent.
-                position = max(self._after, self._hub.position(shard))
-                yield _checkpoint(Token(self._hub.epoch, owner_tag(request.owner_id), position).encode())
+                here = self._hub.token(request.owner_id)
+                yield _checkpoint(replace(here, position=max(self._after, here.position)).encode())
                 last_sent = time.monotonic()
                 continue
             timeout_s = self._checkpoint_interval_s - silence_s
             if request.expire_time is not None:
                 timeout_s = min(timeout_s, max(0.0, request.expire_time - time.time()))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await watcher.wait()
+            await watcher.wait(timeout_s)
 
     async def _again(self, request: WatchRequest) -> list[tuple[Job, jobs_pb2.Job]]:
         """Snapshots to start over with: also of jobs that the client takes for unfinished, as their end may be what was lost."""
+        if request.job_ids:
+            return await self._snapshots(replace(request, job_ids=tuple(sorted(self._open))))
         known = await self._snapshots(request)
-        if not request.job_ids:
-            told = (self._versions.keys() | self._sequences.keys()) - {str(job.job_id) for job, _ in known}
-            if told:
-                known = await self._snapshots(replace(request, job_ids=tuple(sorted(told)))) + known
-        return known
+        missing = self._open - {str(job.job_id) for job, _ in known}
+        self._open.clear()
+        return await self._still_there(request, sorted(missing)) + known if missing else known
+
+    async def _still_there(self, request: WatchRequest, job_ids: Sequence[str]) -> list[tuple[Job, jobs_pb2.Job]]:
+        try:
+            return await self._snapshots(replace(request, job_ids=tuple(job_ids)))
+        except MeshError as refusal:
+            if refusal.code is not grpc.StatusCode.NOT_FOUND:
+                raise
+        if len(job_ids) == 1:
+            return []
+        # One of them has been deleted, which is rare: each is asked for by itself.
+        return [found for job_id in job_ids for found in await self._still_there(request, [job_id])]
 
     def _check_alive(self, request: WatchRequest) -> None:
         if self._hub.draining:
@@ -360,23 +431,30 @@ class WatchStream:
 
     def _accept(self, event: Ready) -> bytes | None:
         """The event's bytes, or None for what the client knows already."""
-        if event.sequence <= self._sequences.get(event.job_id, 0):
-            return None
         version = self._versions.get(event.job_id, 0)
-        if event.version < version or (event.is_state and event.version == version):
+        if event.version < version:
             return None
-        self._sequences[event.job_id] = event.sequence
-        self._versions[event.job_id] = event.version
+        if event.version == version and not event.is_state:
+            return event.data
+        self._told(event.job_id, event.version, ended=event.final)
         if event.final:
-            self._remaining.discard(event.job_id)
-            # Nothing comes after the end: a watch of everything need not remember every job there ever was.
-            self._sequences.pop(event.job_id)
-            if not self._remaining:
-                self._versions.pop(event.job_id)
-        return event.data
+            # Nothing more comes of this version, and what comes of a later one is news.
+            del self._versions[event.job_id]
+        return event.data if event.version > version else None
+
+    def _told(self, job_id: str, version: int, *, ended: bool) -> None:
+        self._versions[job_id] = version
+        if ended:
+            self._open.discard(job_id)
+        else:
+            self._open.add(job_id)
+        if len(self._versions) > KNOWN_MAX:
+            oldest = next(iter(self._versions))
+            del self._versions[oldest]
+            self._open.discard(oldest)
 
     def _check_ended(self, request: WatchRequest) -> None:
-        if request.job_ids and not self._remaining:
+        if request.job_ids and not self._open:
             raise _AllEndedError
 
 

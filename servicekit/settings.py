@@ -80,6 +80,7 @@ class RedisSettings(Settings):
     """Redis, for queues and events."""
 
     redis_url: SecretStr = Field(description="redis://[:PASSWORD@]HOST:PORT/0")
+    redis_cluster: bool = Field(False, description="The URL names a node of a Redis Cluster")
     redis_prefix: str = Field("genmesh", pattern=r"^[A-Za-z0-9_-]+$", description="Prefix of every key, so that stacks can share a server")
 
 

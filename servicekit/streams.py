@@ -1,5 +1,7 @@
 """Redis connections. What is stored in Redis, and every command on it, lives in the service that owns it."""
 
+from typing import Any, cast
+
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
@@ -14,15 +16,21 @@ BLOCK_MS = 2_000
 
 
 def connect(settings: RedisSettings) -> "redis.Redis":
-    """A client with its own pool; a cancelled command drops its connection rather than leaving a reply for the next."""
-    return redis.Redis.from_url(
-        settings.redis_url.get_secret_value(),
-        socket_timeout=SOCKET_TIMEOUT_S,
-        socket_connect_timeout=2.0,
-        health_check_interval=0,
-        retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), 2),
-        decode_responses=False,
-    )
+    """A client with its own pool; a cancelled command drops its connection rather than leaving a reply for the next.
+
+    Of a cluster, one that finds the node of a key. It has the same commands; keys of one command have to share a hash tag.
+    """
+    options: dict[str, Any] = {
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": 2.0,
+        "health_check_interval": 0,
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 2),
+        "decode_responses": False,
+    }
+    url = settings.redis_url.get_secret_value()
+    if settings.redis_cluster:
+        return cast("redis.Redis", redis.RedisCluster.from_url(url, **options))
+    return redis.Redis.from_url(url, **options)
 
 
 def translate(error: Exception) -> MeshError | None:

@@ -74,11 +74,28 @@ def test_changes_of_state_are_never_dropped_and_order_is_kept(offered: list[tupl
         assert [event for event in events if event.job_id == job][-1:] == [event for event in got if event.job_id == job][-1:]
 
 
+async def test_waiting_ends_with_its_time(watcher: Watcher):
+    async with asyncio.timeout(5):
+        await watcher.wait(0.01)
+
+
+async def test_a_timer_that_rings_too_early_does_no_harm(watcher: Watcher):
+    taken(watcher)
+    first = asyncio.create_task(watcher.wait(0.02))
+    await asyncio.sleep(0)
+    watcher.offer(ready(1))
+    await first
+    assert taken(watcher) == [ready(1)]
+    async with asyncio.timeout(5):
+        await watcher.wait(60)  # ends with the timer of the wait before: the stream looks at the clock and waits again
+    assert taken(watcher) == []
+
+
 async def test_waiting_ends_with_an_event_a_loss_or_a_wake(watcher: Watcher):
     for signal in (lambda: watcher.offer(ready(1)), watcher.lose, watcher.wake):
         taken(watcher)
         watcher.start_over()
-        waiting = asyncio.create_task(watcher.wait())
+        waiting = asyncio.create_task(watcher.wait(60))
         await asyncio.sleep(0)
         assert not waiting.done()
         signal()

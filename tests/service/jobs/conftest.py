@@ -5,7 +5,7 @@ import secrets
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from redis import asyncio as redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from cli.stack.ports import hold_block, is_free
 from credit_service import app as credits_app
 from credit_service.settings import CreditSettings
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
@@ -24,9 +25,11 @@ from jobs_service.settings import DispatchSettings
 from jobs_service.tables import metadata
 from servicekit import database, streams
 from servicekit.client import mesh_channel
+from servicekit.objects import ObjectStore
 from servicekit.settings import RedisSettings
 from tests.service.credits.callers import Signer
-from tests.service.jobs.world import ScriptedInference, World
+from tests.service.jobs.redis_servers import BUS_PORT_OFFSET, RedisProcess, form_cluster
+from tests.service.jobs.world import HOLD_TTL_S, ScriptedInference, World
 
 NOWHERE = "127.0.0.1:1"
 """Where nothing listens."""
@@ -140,14 +143,21 @@ async def credits_channel(credits_address: str, certificates: Path, jobs_databas
 @pytest.fixture
 def ledger(credits_channel: grpc.aio.Channel) -> Ledger:
     """The ledger, as jobs_service sees it."""
-    return Ledger(credits_channel, timeout_s=5, hold_ttl_s=3600)
+    return Ledger(credits_channel, timeout_s=5, hold_ttl_s=HOLD_TTL_S)
+
+
+@pytest.fixture
+def media(settings: DispatchSettings) -> Iterator[ObjectStore]:
+    """A media store that is away, but for tests that bring one."""
+    with ObjectStore(settings) as store:
+        yield store
 
 
 @pytest_asyncio.fixture
 async def no_ledger() -> AsyncIterator[Ledger]:
     """A ledger that cannot be reached."""
     async with grpc.aio.insecure_channel(NOWHERE) as channel:
-        yield Ledger(channel, timeout_s=1, hold_ttl_s=3600)
+        yield Ledger(channel, timeout_s=1, hold_ttl_s=HOLD_TTL_S)
 
 
 Balance = Callable[[uuid.UUID], Awaitable[tuple[int, int]]]
@@ -190,9 +200,11 @@ def balance(edge_channel_to_credits: grpc.aio.Channel, credits_signer: Signer) -
 
 
 @pytest_asyncio.fixture
-async def world(engine: AsyncEngine, client: "redis.Redis", ledger: Ledger, settings: DispatchSettings, fund: Fund) -> World:
+async def world(
+    engine: AsyncEngine, client: "redis.Redis", ledger: Ledger, media: ObjectStore, settings: DispatchSettings, fund: Fund
+) -> World:
     """jobs_service over real stores, with an owner who has 1,000 millicredits."""
-    world = World(engine, client, ledger, settings)
+    world = World(engine, client, ledger, media, settings)
     await fund(world.owner, 1000)
     return world
 
@@ -203,3 +215,34 @@ async def inference() -> AsyncIterator[tuple[ScriptedInference, grpc.aio.Channel
     scripted = ScriptedInference()
     async with scripted.serving() as channel:
         yield scripted, channel
+
+
+@pytest.fixture
+def ports(tmp_path: Path) -> Iterator[list[int]]:
+    """Free ports, of which the ports of a cluster's bus are free too."""
+    with hold_block(None, tmp_path) as block:
+        candidates = [block.port(str(number)) for number in range(20)]
+        yield [port for port in candidates if is_free(port + BUS_PORT_OFFSET)]
+
+
+@pytest_asyncio.fixture
+async def own_redis(tmp_path: Path, ports: list[int]) -> AsyncIterator[RedisProcess]:
+    """A Redis that may be killed."""
+    process = RedisProcess(tmp_path / "redis", ports[0])
+    try:
+        await process.start()
+        yield process
+    finally:
+        process.kill()
+
+
+@pytest_asyncio.fixture
+async def redis_cluster(tmp_path: Path, ports: list[int]) -> AsyncIterator[list[RedisProcess]]:
+    """Three masters that share the slots."""
+    nodes = [RedisProcess(tmp_path / f"node{number}", port, "--cluster-enabled", "yes") for number, port in enumerate(ports[:3])]
+    try:
+        await form_cluster(nodes)
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()

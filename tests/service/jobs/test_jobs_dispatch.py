@@ -8,12 +8,15 @@ from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy as sa
 
 from genmesh.jobs.v1 import jobs_pb2
-from jobs_service import dispatch, relay, store
+from jobs_service import dispatch, lifecycle, relay, store
 from jobs_service.dispatch import Dispatcher
 from jobs_service.lifecycle import Job, State
-from jobs_service.tables import outbox
+from jobs_service.queue import Entry
+from jobs_service.store import Duty
+from jobs_service.tables import jobs, outbox
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, ReasonValue
 from tests.service.jobs.world import POOL, Generation, ScriptedInference, World, eventually, presign, running, within
@@ -25,7 +28,7 @@ Balance = Callable[[uuid.UUID], Awaitable[tuple[int, int]]]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "TROUBLE_PAUSE_S", 0.02)
-    monkeypatch.setattr(dispatch, "retry_delay_s", lambda _attempt: 0.0)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(lifecycle, "BACKOFFS", {reason: lifecycle.Backoff(0.02, 0.02) for reason in lifecycle.BACKOFFS})
     for name in ("OUTBOX_INTERVAL_S", "SWEEP_INTERVAL_S", "POSITIONS_INTERVAL_S"):
         monkeypatch.setattr(relay, name, 0.02)
 
@@ -33,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def dispatching(world: World, inference: Inference, *, worker_id: str = "worker-1", slots: int = 1) -> AsyncGenerator[Dispatcher]:
     dispatcher = Dispatcher(
-        world.settings.model_copy(update={"worker_id": worker_id}),
+        world.settings.model_copy(update={"worker_id": worker_id, "dispatch_slots": slots}),
         engine=world.engine,
         client=world.client,
         queue=world.worker_queue(worker_id),
@@ -42,8 +45,7 @@ async def dispatching(world: World, inference: Inference, *, worker_id: str = "w
         presign=presign,
         inference=inference[1],
     )
-    tasks = [dispatcher.slot() for _ in range(slots)]
-    async with running(*tasks, dispatcher.offer(), dispatcher.listen_for_cancels()):
+    async with running(dispatcher.run(), dispatcher.offer(), dispatcher.listen_for_cancels()):
         yield dispatcher
 
 
@@ -133,7 +135,7 @@ async def test_two_entries_of_one_job_in_two_slots_are_one_run(world: World, inf
     job = await queued(world)
     async with dispatching(world, inference, slots=2):
         call = await generation(inference)
-        await world.queue.put(POOL, job.priority, job.job_id)
+        await world.queue.put(job)
         await eventually(lambda: _length(world, job, 1))  # the second slot found nothing to start
         await world.jobs().cancel(world.owner, job.job_id)
         await within(call.stopped.wait())
@@ -203,7 +205,7 @@ async def test_a_live_workers_job_outlasts_redis_by_leases(world: World, inferen
     async with dispatching(world, inference), running(tending.sweep()):
         call = await generation(inference)
         await world.client.flushdb()
-        await eventually(world.queue.settled)
+        await eventually(lambda: world.queue.settled(POOL))
         assert (await world.job(job.job_id)).attempt == 1
         call.complete()
         done = await world.reaches(job.job_id, State.COMPLETED)
@@ -234,21 +236,82 @@ async def test_a_late_job_is_cancelled_free_of_charge(world: World, balance: Bal
 async def test_a_rebuild_that_failed_is_made_up_for(world: World, monkeypatch: pytest.MonkeyPatch):
     job = await queued(world)
     await world.client.flushdb()
-    announce = store.announce_pending
+    pending = store.pending_jobs
     failures = [OSError("the database is away")]
 
-    async def flaky(connection: Any) -> int:
+    async def flaky(*args: Any, **kwargs: Any) -> list[Job]:
         if failures:
             raise failures.pop()
-        return await announce(connection)
+        return await pending(*args, **kwargs)
 
-    monkeypatch.setattr(store, "announce_pending", flaky)
-    tending = world.relay()
-    async with running(tending.outbox(), tending.sweep()):
-        entry = None
-        while entry is None:
-            entry = await within(world.worker_queue("w").take([POOL]))
-    assert entry.job_id == job.job_id
+    monkeypatch.setattr(store, "pending_jobs", flaky)
+    async with running(world.relay().sweep()):
+        entries: list[Entry] = []
+        while not entries:
+            entries = await within(world.worker_queue("w").take([POOL]))
+    assert [entry.job_id for entry in entries] == [job.job_id]
+    assert not failures
+
+
+async def test_a_pending_job_that_the_queue_does_not_know_is_found(world: World, inference: Inference, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(relay, "MISSING_AFTER_S", 0.0)
+    job = await world.submit()
+    async with transaction(world.engine) as connection:  # as if somebody had done its duty, and Redis lost it alone
+        await store.delete_duties(connection, await store.duties_of(connection, job.job_id, Duty.ANNOUNCE))
+    await world.queue.rebuilt(POOL)
+    async with dispatching(world, inference), running(world.relay().sweep()):
+        (await generation(inference)).complete()
+        await world.reaches(job.job_id, State.COMPLETED)
+
+
+async def test_a_worker_that_is_told_to_stop_costs_its_job_no_attempt(world: World, inference: Inference):
+    job = await queued(world)
+    for start in range(1, 4):  # more often than attempts may fail
+        async with dispatching(world, inference):
+            call = await generation(inference)
+            assert call.request.attempt == start
+        await within(call.stopped.wait())
+    back = await world.job(job.job_id)
+    assert (back.state, back.attempt, back.failures) == (State.PENDING, 3, 0)
+
+
+async def test_a_job_that_silences_its_workers_fails_without_another_start(world: World, inference: Inference, balance: Balance):
+    job = await queued(world)
+    poisoned = world.worker_queue("worker-0")
+    entries = await within(poisoned.take([POOL]))
+    async with transaction(world.engine) as connection:
+        assert await store.start_attempt(connection, job.job_id, worker_id="worker-0", entry=entries[0].name, takeover=False) is not None
+        await connection.execute(sa.update(jobs).values(failures=world.settings.max_attempts - 1))
+    neighbour = await queued(world)
+    async with dispatching(world, inference):
+        call = await generation(inference)
+        assert call.request.job_id == str(neighbour.job_id)
+        call.complete()
+        done = await world.reaches(job.job_id, State.FAILED)
+        await settled(world, balance, 900)
+    assert (done.attempt, done.worker_id, done.failure_reason) == (1, "worker-0", "ERROR_REASON_WORKER_LOST")
+    assert done.fingerprint
+
+
+async def test_an_owner_runs_no_more_jobs_at_once_than_allowed(world: World, inference: Inference):
+    world.settings = world.settings.model_copy(update={"owner_concurrency_free": 2})
+    world.queue = world.worker_queue("")
+    world.delivery = world.delivery_over(world.client)
+    submitted = [await queued(world) for _ in range(3)]
+    async with dispatching(world, inference, slots=3):
+        calls = [await generation(inference), await generation(inference)]
+        assert [call.request.job_id for call in calls] == [str(job.job_id) for job in submitted[:2]]
+        waiting = await world.jobs().get(world.owner, submitted[2].job_id)
+        assert waiting.waiting.reason == jobs_pb2.Waiting.REASON_OWNER_LIMIT
+        assert (waiting.waiting.owner_running, waiting.waiting.owner_limit) == (2, 2)
+        assert inference[0].calls.empty()
+        calls[0].complete()
+        third = await generation(inference)
+        assert third.request.job_id == str(submitted[2].job_id)
+        for call in (calls[1], third):
+            call.complete()
+        for job in submitted:
+            await world.reaches(job.job_id, State.COMPLETED)
 
 
 async def test_waiting_jobs_hear_of_their_place(world: World):

@@ -12,7 +12,7 @@ from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import relay, store
 from jobs_service.jobs import Jobs
 from jobs_service.ledger import Ledger
-from jobs_service.lifecycle import State
+from jobs_service.lifecycle import Job, State
 from jobs_service.store import Duty
 from jobs_service.tables import jobs as jobs_table
 from jobs_service.tables import outbox, requests
@@ -46,12 +46,13 @@ async def test_a_job_is_held_for_committed_announced_and_queued(world: World, jo
     assert (job.state, job.owner_id, job.queue_position) == (jobs_pb2.STATE_PENDING, str(world.owner), 1)
     assert (job.estimated_cost_millicredits, job.spec.image.model) == (100, "small")
     assert await balance(world.owner) == (900, 100)
-    entry = await world.worker_queue("w").take([POOL])
-    assert entry is not None
+    (entry,) = await world.worker_queue("w").take([POOL])
     assert str(entry.job_id) == job.job_id
     assert [event.is_state for event in await world.events(job.job_id)] == [True]
     assert await world.count(outbox) == 0
-    assert await jobs.get(world.owner, uuid.UUID(job.job_id)) == job
+    shown = await jobs.get(world.owner, uuid.UUID(job.job_id))
+    assert shown == job
+    assert shown.waiting.reason == jobs_pb2.Waiting.REASON_IN_QUEUE
 
 
 async def test_the_same_request_is_the_same_job(world: World, jobs: Jobs, balance: Balance):
@@ -83,7 +84,7 @@ async def test_a_job_nobody_can_pay_leaves_nothing(world: World, jobs: Jobs, bal
 async def test_a_quote_keeps_its_price_and_a_wrong_one_is_refused(world: World, jobs: Jobs):
     estimate = await jobs.estimate(world.owner, PLAN, SPEC)
     assert (estimate.quote.cost_millicredits, estimate.queue_position) == (100, 1)
-    assert 0 < estimate.eta_p50_s <= estimate.eta_p90_s
+    assert 0 < estimate.forecast.p50_s <= estimate.forecast.p90_s
     job = await jobs.create(world.owner, PLAN, request(quote_id=estimate.quote_id))
     assert job.estimated_cost_millicredits == 100
     error = await refused(jobs.create(uuid.uuid4(), PLAN, request(quote_id=estimate.quote_id)))
@@ -158,13 +159,13 @@ async def test_a_submit_that_comes_after_it_was_undone_leaves_no_hold(
 ):
     reserve = Ledger.reserve
 
-    async def slow(ledger: Ledger, job_id: uuid.UUID, owner_id: uuid.UUID, amount: int) -> None:
+    async def slow(ledger: Ledger, job: Job, reservation_id: uuid.UUID | None = None) -> None:
         # The relay gives the request up, releases what is not there yet, and forgets it.
         async with transaction(world.engine) as connection:
             for owner, request_id, abandoned in await store.abandon_requests(connection, older_than_s=0, limit=9):
                 await ledger.release_unused(abandoned)
                 await store.delete_request(connection, owner, request_id, abandoned)
-        await reserve(ledger, job_id, owner_id, amount)
+        await reserve(ledger, job, reservation_id)
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "reserve", slow)
@@ -185,8 +186,7 @@ async def test_without_redis_a_submit_commits_and_the_relay_announces_later(
         assert await store.get_job(connection, uuid.UUID(job.job_id), world.owner) is not None
     async with running(world.relay().outbox()):
         await eventually(lambda: _nothing_owed(world))
-    entry = await world.worker_queue("w").take([POOL])
-    assert entry is not None
+    (entry,) = await world.worker_queue("w").take([POOL])
     assert str(entry.job_id) == job.job_id
     assert len(await world.events(job.job_id)) == 1
 

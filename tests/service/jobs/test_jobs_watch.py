@@ -12,10 +12,11 @@ import grpc
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from google.rpc import status_pb2
 
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import store, tables, watch
-from jobs_service.lifecycle import Job, State
+from jobs_service.lifecycle import Failure, Job, State
 from jobs_service.watch import SERIALISED, Hub, WatchRequest, WatchStream
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason
@@ -98,11 +99,32 @@ async def start(world: World, **changes: Any) -> Job:
 
 
 async def end(world: World, job: Job, state: State = State.COMPLETED) -> Job:
+    failure = (
+        Failure(status_pb2.Status(code=14).SerializeToString(), "ERROR_REASON_UNAVAILABLE", "0" * 16) if state is State.FAILED else None
+    )
     async with transaction(world.engine) as connection:
-        done = await store.finish(connection, job, state, fallback_s=60)
+        done = await store.finish(connection, job, state, failure=failure, fallback_s=60)
     assert done is not None
     await world.delivery.publish(done[0])
     return done[0]
+
+
+async def run_again(world: World, job: Job) -> Job:
+    """A failed job that was retried and runs, announced."""
+    async with transaction(world.engine) as connection:
+        await connection.execute(
+            sa.update(tables.jobs)
+            .where(tables.jobs.c.job_id == job.job_id)
+            .values(
+                state=State.PENDING, version=job.version + 1, cost=None, error=None, failure_reason=None, fingerprint=None, finish_time=None
+            )
+        )
+    await world.delivery.publish(await world.job(job.job_id))
+    async with transaction(world.engine) as connection:
+        started = await store.start_attempt(connection, job.job_id, worker_id="w", entry="s/1-0", takeover=False)
+    assert started is not None
+    await world.delivery.publish(started)
+    return started
 
 
 async def test_a_watch_begins_with_snapshots_and_ends_with_its_last_job(world: World, hub: Hub):
@@ -212,6 +234,107 @@ async def test_who_resumes_after_the_end_is_told_nothing_twice(world: World, hub
         [final] = await client.rest()
     async with watching(world, hub, [job], token=final.resume_token) as client:
         assert [message.WhichOneof("message") for message in await client.rest()] == ["checkpoint"]
+
+
+ROUNDS = ["FAILED", "PENDING", "PROCESSING", "COMPLETED"]
+
+
+def told(events: Sequence[jobs_pb2.JobEvent]) -> list[str]:
+    """States of the events, which are numbered without a hole."""
+    assert [event.sequence for event in events] == list(range(events[0].sequence, events[0].sequence + len(events)))
+    return [jobs_pb2.State.Name(event.state_change.state).removeprefix("STATE_") for event in events]
+
+
+async def test_a_watch_of_a_job_ends_with_its_round_and_one_of_everything_hears_of_the_next(world: World, hub: Hub):
+    job = await start(world)
+    async with watching(world, hub, [job]) as one, watching(world, hub) as all_of_them:
+        await one.next()
+        await all_of_them.next()
+        failed = await end(world, job, State.FAILED)
+        assert told([message.event for message in await one.rest()]) == ["FAILED"]
+        await end(world, await run_again(world, failed))
+        assert told([await all_of_them.event() for _ in ROUNDS]) == ROUNDS
+
+
+async def test_who_resumes_before_the_end_of_a_round_gets_everything_up_to_now(world: World, hub: Hub):
+    job = await start(world)
+    async with watching(world, hub, [job]) as client:
+        token = (await client.next()).resume_token
+    running_again = await run_again(world, await end(world, job, State.FAILED))
+    async with watching(world, hub, [job], token=token) as client:
+        events = [await client.event() for _ in ROUNDS[:-1]]
+        await end(world, running_again)
+        assert told(events + [message.event for message in await client.rest()]) == ROUNDS
+    async with watching(world, hub, [job], token=token) as client:
+        assert told([message.event for message in await client.rest()]) == ROUNDS
+
+
+async def test_who_saw_a_job_fail_and_resumes_after_its_retry_hears_of_the_new_round(world: World, hub: Hub):
+    job = await start(world)
+    async with watching(world, hub, [job]) as client:
+        await client.next()
+        failed = await end(world, job, State.FAILED)
+        [final] = await client.rest()
+    running_again = await run_again(world, failed)
+    async with watching(world, hub, [job], token=final.resume_token) as client:
+        events = [await client.event() for _ in ROUNDS[1:-1]]
+        await end(world, running_again)
+        assert told(events + [message.event for message in await client.rest()]) == ROUNDS[1:]
+
+
+async def test_a_watch_of_everything_that_starts_over_passes_over_what_was_deleted(world: World, hub: Hub):
+    kept, deleted = await start(world), await start(world)
+    async with watching(world, hub) as client:
+        for _ in range(2):
+            await client.next()
+        before = hub.epoch
+        await world.client.flushdb()
+        await eventually(lambda: _changed(hub, before))
+        for job in (kept, deleted):
+            async with transaction(world.engine) as connection:
+                assert await store.finish(connection, job, State.COMPLETED, fallback_s=60) is not None
+        async with transaction(world.engine) as connection:
+            await connection.execute(sa.delete(tables.jobs).where(tables.jobs.c.job_id == deleted.job_id))
+        snapshot = (await client.next()).snapshot
+        assert (snapshot.job_id, snapshot.state) == (str(kept.job_id), jobs_pb2.STATE_COMPLETED)
+        another = await start(world)
+        assert (await client.event()).job_id == str(another.job_id)
+
+
+async def test_a_watch_of_everything_remembers_nothing_of_ended_jobs(world: World, hub: Hub):
+    stream = WatchStream(hub, world.log, world.jobs().snapshots, checkpoint_interval_s=60)
+    messages = stream.run(WatchRequest(world.owner, (), "", None))
+    client = Client(messages)
+    try:
+        await client.next()
+        for state in (State.COMPLETED, State.FAILED, State.CANCELLED):
+            await end(world, await start(world), state)
+            for _ in range(3):
+                await client.event()
+        alive = await start(world)
+        for _ in range(2):
+            await client.event()
+        # What a stream keeps would add up over the weeks that it may stay open.
+        assert stream.known == {str(alive.job_id)}
+    finally:
+        await messages.aclose()
+
+
+async def test_what_a_watch_of_everything_remembers_is_bounded(world: World, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(watch, "KNOWN_MAX", 2)
+    stream = WatchStream(hub, world.log, world.jobs().snapshots, checkpoint_interval_s=60)
+    messages = stream.run(WatchRequest(world.owner, (), "", None))
+    client = Client(messages)
+    try:
+        await client.next()
+        jobs = [await start(world) for _ in range(4)]
+        for _ in range(8):
+            await client.event()
+        assert stream.known == {str(job.job_id) for job in jobs[2:]}
+        await end(world, jobs[0])
+        assert (await client.event()).state_change.state == jobs_pb2.STATE_COMPLETED
+    finally:
+        await messages.aclose()
 
 
 async def test_who_resumes_to_an_end_that_redis_does_not_know_gets_a_snapshot(world: World, hub: Hub):

@@ -19,6 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import store
+from jobs_service.dead_letters import DeadLetters
+from jobs_service.deletion import Deletions
 from jobs_service.delivery import Delivery
 from jobs_service.events import EventLog, Position, StoredEvent
 from jobs_service.jobs import Jobs
@@ -30,10 +32,12 @@ from jobs_service.relay import Relay
 from jobs_service.settings import DispatchSettings
 from servicekit.database import transaction
 from servicekit.errors import MeshError
+from servicekit.objects import ObjectStore
 from servicekit.process import end
 
 DEADLINE_S = 15.0
 """For what has to happen soon: never waited for where it does happen."""
+HOLD_TTL_S = 3600
 POOL = "pictures"
 MODEL = inference_pb2.Model(
     model_id="small",
@@ -203,9 +207,12 @@ class ScriptedInference(inference_pb2_grpc.InferenceServiceServicer, inference_p
 class World:
     """jobs_service over real stores, with keys of its own in Redis and an owner nobody has heard of."""
 
-    def __init__(self, engine: AsyncEngine, client: "redis.Redis", ledger: Ledger, dispatch_settings: DispatchSettings) -> None:
+    def __init__(
+        self, engine: AsyncEngine, client: "redis.Redis", ledger: Ledger, media: ObjectStore, dispatch_settings: DispatchSettings
+    ) -> None:
         self.engine = engine
         self.client = client
+        self.media = media
         self.ledger = ledger
         self.settings = dispatch_settings
         self.prefix = dispatch_settings.redis_prefix
@@ -219,16 +226,30 @@ class World:
         return EventLog(client, self.prefix, retention_s=retention_s)
 
     def worker_queue(self, worker_id: str, *, lease_s: float | None = None) -> JobQueue:
-        return JobQueue(self.client, self.prefix, lease_s=lease_s or self.lease_s, worker_id=worker_id)
+        limits = self.settings.owner_limits
+        return JobQueue(self.client, self.prefix, lease_s=lease_s or self.lease_s, worker_id=worker_id, owner_limits=limits)
 
     def delivery_over(self, client: "redis.Redis", ledger: Ledger | None = None) -> Delivery:
-        queue = JobQueue(client, self.prefix, lease_s=self.lease_s)
+        queue = JobQueue(client, self.prefix, lease_s=self.lease_s, owner_limits=self.settings.owner_limits)
         return Delivery(self.engine, queue, self.event_log(client), ledger or self.ledger, presign)
 
     def jobs(self, *, client: "redis.Redis | None" = None, ledger: Ledger | None = None) -> Jobs:
         client, ledger = client or self.client, ledger or self.ledger
-        quotes = Quotes(b"s" * 32)
-        return Jobs(self.engine, self.event_log(client), ledger, self.delivery_over(client, ledger), presign, quotes, quote_ttl_s=60)
+        return Jobs(
+            self.engine,
+            self.event_log(client),
+            ledger,
+            self.delivery_over(client, ledger),
+            presign,
+            Quotes(b"s" * 32),
+            quote_ttl_s=60,
+            hold_ttl_s=HOLD_TTL_S,
+            owner_limits=self.settings.owner_limits,
+        )
+
+    def dead_letters(self, *, ledger: Ledger | None = None) -> DeadLetters:
+        ledger = ledger or self.ledger
+        return DeadLetters(self.engine, ledger, self.delivery_over(self.client, ledger))
 
     def relay(self, *, lease_s: float | None = None) -> Relay:
         return Relay(
@@ -237,18 +258,23 @@ class World:
             log=self.log,
             ledger=self.ledger,
             delivery=self.delivery,
+            deletions=Deletions(self.engine, self.media, self.log, self.delivery),
             lease_s=lease_s or self.lease_s,
+            max_attempts=self.settings.max_attempts,
+            job_retention_s=0,
+            orphan_media_s=24 * 3600,
         )
 
     async def offer(self) -> None:
         """A worker offers the model."""
         async with transaction(self.engine) as connection:
             await store.offer_models(connection, [(MODEL.model_id, MODEL.SerializeToString())])
+            await store.offer_worker(connection, "worker-1", pools=[POOL], slot_count=1, loaded_models=[MODEL.model_id])
 
     async def submit(self, **changes: Any) -> Job:
         """A pending job, held for, committed, not announced."""
         job = new_job(self.owner, **changes)
-        await self.ledger.reserve(job.job_id, job.owner_id, job.estimated_cost)
+        await self.ledger.reserve(job)
         async with transaction(self.engine) as connection:
             return await submit(connection, job)
 
