@@ -65,7 +65,26 @@ CREATE_JOB = Method(_JOBS + "CreateJob", jobs_pb2.CreateJobRequest, jobs_pb2.Cre
 GET_JOB = Method(_JOBS + "GetJob", jobs_pb2.GetJobRequest, jobs_pb2.GetJobResponse, "GET", "/v1/jobs/{jobId}")
 LIST_JOBS = Method(_JOBS + "ListJobs", jobs_pb2.ListJobsRequest, jobs_pb2.ListJobsResponse, "GET", "/v1/jobs")
 CANCEL_JOB = Method(_JOBS + "CancelJob", jobs_pb2.CancelJobRequest, jobs_pb2.CancelJobResponse, "POST", "/v1/jobs/{jobId}:cancel")
+BATCH_CREATE_JOBS = Method(
+    _JOBS + "BatchCreateJobs", jobs_pb2.BatchCreateJobsRequest, jobs_pb2.BatchCreateJobsResponse, "POST", "/v1/jobs:batchCreate"
+)
+RETRY_JOB = Method(_JOBS + "RetryJob", jobs_pb2.RetryJobRequest, jobs_pb2.RetryJobResponse, "POST", "/v1/jobs/{jobId}:retry")
+DELETE_JOB = Method(_JOBS + "DeleteJob", jobs_pb2.DeleteJobRequest, jobs_pb2.DeleteJobResponse, "DELETE", "/v1/jobs/{jobId}")
 WATCH_JOBS = Method(_JOBS + "WatchJobs", jobs_pb2.WatchJobsRequest, jobs_pb2.WatchJobsResponse, "GET", "/v1/jobs:watch")
+_JOBS_ADMIN = "/genmesh.jobs.v1.JobsAdminService/"
+GET_QUEUE_STATS = Method(
+    _JOBS_ADMIN + "GetQueueStats", jobs_pb2.GetQueueStatsRequest, jobs_pb2.GetQueueStatsResponse, "GET", "/v1/admin/queue"
+)
+LIST_DEAD_LETTERS = Method(
+    _JOBS_ADMIN + "ListDeadLetters", jobs_pb2.ListDeadLettersRequest, jobs_pb2.ListDeadLettersResponse, "GET", "/v1/admin/deadLetters"
+)
+REQUEUE_DEAD_LETTER = Method(
+    _JOBS_ADMIN + "RequeueDeadLetter",
+    jobs_pb2.RequeueDeadLetterRequest,
+    jobs_pb2.RequeueDeadLetterResponse,
+    "POST",
+    "/v1/admin/deadLetters:requeue",
+)
 GET_BALANCE = Method(_CREDITS + "GetBalance", credits_pb2.GetBalanceRequest, credits_pb2.GetBalanceResponse, "GET", "/v1/credits")
 LIST_ENTRIES = Method(
     _CREDITS + "ListEntries", credits_pb2.ListEntriesRequest, credits_pb2.ListEntriesResponse, "GET", "/v1/credits/entries"
@@ -229,7 +248,7 @@ def rest_form(method: Method[Any, Any], request: Message) -> tuple[str, list[tup
     path = method.rest
     for name in [name for name in values if f"{{{name}}}" in path]:
         path = path.replace(f"{{{name}}}", quote(values.pop(name), safe=""))
-    if method.http == "GET":
+    if method.http in ("GET", "DELETE"):
         return path, [(key, str(one)) for key, value in values.items() for one in (value if isinstance(value, list) else [value])], None
     return path, [], json.dumps(values)
 

@@ -23,6 +23,7 @@ from tests.e2e.caller import (
     CANCEL_JOB,
     CREATE_JOB,
     DEADLINE_S,
+    DELETE_JOB,
     GET_BALANCE,
     GET_JOB,
     GET_ME,
@@ -30,6 +31,7 @@ from tests.e2e.caller import (
     LIST_JOBS,
     LIST_MODELS,
     LIST_USERS,
+    RETRY_JOB,
     WATCH_JOBS,
     Edge,
     Method,
@@ -56,7 +58,7 @@ async def done(alice: User) -> jobs_pb2.Job:
 async def test_jobs_of_others_do_not_exist(alice: User, new_user: NewUser, done: jobs_pb2.Job) -> None:
     eve = await new_user(PLENTY)
     nothing = str(uuid.uuid4())
-    methods: list[Method[Any, Any]] = [GET_JOB, CANCEL_JOB]
+    methods: list[Method[Any, Any]] = [GET_JOB, CANCEL_JOB, RETRY_JOB, DELETE_JOB]
     for transport in Transport:
         for method in methods:
             theirs, none = [await refused(eve.call(method, method.request(job_id=job_id), transport)) for job_id in (done.job_id, nothing)]
