@@ -9,7 +9,7 @@ TORCH := torch==2.13.0
 OVERRIDES := build/lock-overrides.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint breaking settings check-gen gen lock clean
+.PHONY: help setup demo up test faults lint breaking settings check-gen gen lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ up: $(STAMP) ## Keep the whole mesh running until Ctrl-C
 
 test: lint ## Lint, types, import rules, generated code, then all tests against the real stack
 	$(BIN)/python -m pytest
+
+faults: $(STAMP) ## Kill, pause and empty parts of a loaded mesh at random; FAULTS="--seed 7" replays a schedule
+	@$(BIN)/python -m tests.faults $(FAULTS)
 
 lint: $(STAMP) check-gen ## Everything that reads the code without running it
 	$(BIN)/ruff check

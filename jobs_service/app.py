@@ -47,7 +47,7 @@ class Resources:
     """What every process of jobs_service has open."""
 
     engine: AsyncEngine
-    client: "redis.Redis"
+    blocking: "redis.Redis"
     queue: JobQueue
     log: EventLog
     ledger: Ledger
@@ -61,13 +61,15 @@ async def open_resources(settings: JobsSettings, stack: AsyncExitStack, *, role:
     stack.push_async_callback(engine.dispose)
     client = streams.connect(settings)
     stack.push_async_callback(client.aclose)
+    blocking = streams.connect(settings, blocking=True)
+    stack.push_async_callback(blocking.aclose)
     media = stack.enter_context(ObjectStore(settings))
     channel = await stack.enter_async_context(mesh_channel(settings, settings.credits_address, caller=SERVICE, service="credit_service"))
     queue = JobQueue(client, settings.redis_prefix, lease_s=settings.lease_seconds, worker_id=worker_id, owner_limits=settings.owner_limits)
-    log = EventLog(client, settings.redis_prefix, retention_s=settings.event_retention_s)
+    log = EventLog(client, settings.redis_prefix, retention_s=settings.event_retention_s, blocking=blocking)
     ledger = Ledger(channel, timeout_s=settings.rpc_timeout_s, hold_ttl_s=settings.hold_ttl_s)
     delivery = Delivery(engine, queue, log, ledger, media.presign)
-    return Resources(engine, client, queue, log, ledger, delivery, media)
+    return Resources(engine, blocking, queue, log, ledger, delivery, media)
 
 
 def translate(error: Exception) -> MeshError | None:
@@ -136,7 +138,7 @@ async def dispatch(settings: DispatchSettings, stop: asyncio.Event) -> None:
         dispatcher = Dispatcher(
             settings,
             engine=resources.engine,
-            client=resources.client,
+            blocking=resources.blocking,
             queue=resources.queue,
             log=resources.log,
             delivery=resources.delivery,

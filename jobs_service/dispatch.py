@@ -88,7 +88,7 @@ class Dispatcher:
         settings: DispatchSettings,
         *,
         engine: AsyncEngine,
-        client: "redis.Redis",
+        blocking: "redis.Redis",
         queue: JobQueue,
         log: EventLog,
         delivery: Delivery,
@@ -97,7 +97,7 @@ class Dispatcher:
     ) -> None:
         self._settings = settings
         self._engine = engine
-        self._redis = client
+        self._blocking = blocking
         self._queue = queue
         self._log = log
         self._delivery = delivery
@@ -192,8 +192,8 @@ class Dispatcher:
         """Hear at once when an owner cancels a job that runs here."""
         while True:
             try:
-                await self._redis.initialize()  # a cluster client knows no node before, and pubsub() does not ask
-                async with self._redis.pubsub() as pubsub:
+                await self._blocking.initialize()  # a cluster client knows no node before, and pubsub() does not ask
+                async with self._blocking.pubsub() as pubsub:
                     await pubsub.subscribe(self._log.keys.cancel)
                     while True:
                         message: Any = await pubsub.get_message(ignore_subscribe_messages=True, timeout=2.0)
@@ -281,9 +281,8 @@ class Dispatcher:
         stops = [asyncio.create_task(event.wait()) for event in (running.cancel, running.lost)]
         try:
             await asyncio.wait([generation, *stops], return_when=asyncio.FIRST_COMPLETED)
-            generation.cancel()
             # Not `await generation`: a cancellation of this slot could not be told from that of the generation.
-            await asyncio.wait([generation])
+            await end({generation})
         except asyncio.CancelledError:
             # The process is told to stop: the job goes back to the queue, for another worker to start over.
             generation.cancel()
@@ -443,5 +442,4 @@ class Dispatcher:
         try:
             yield
         finally:
-            task.cancel()
-            await asyncio.wait([task])  # `await task` would swallow a cancellation of this slot
+            await end({task})  # `await task` would swallow a cancellation of this slot

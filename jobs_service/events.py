@@ -204,8 +204,9 @@ class Keys:
 class EventLog:
     """The event streams: publish, read, resume."""
 
-    def __init__(self, client: "redis.Redis", prefix: str, *, retention_s: int) -> None:
+    def __init__(self, client: "redis.Redis", prefix: str, *, retention_s: int, blocking: "redis.Redis | None" = None) -> None:
         self._redis = client
+        self._blocking = blocking or client
         self.keys = Keys(prefix)
         self._retention_s = retention_s
         self._publish = client.register_script(PUBLISH)
@@ -291,7 +292,7 @@ class EventLog:
         """Events after the given positions, by shard; waits up to `block_ms` for the first."""
         streams: dict[Any, Any] = {self.keys.stream(shard): str(position) for shard, position in after.items()}
         shards = {self.keys.stream(shard).encode(): shard for shard in after}
-        reply: Any = await self._redis.xread(streams, count=count, block=block_ms)
+        reply: Any = await self._blocking.xread(streams, count=count, block=block_ms)
         return [(shards[stream], [_stored(entry) for entry in entries]) for stream, entries in reply or ()]
 
     async def range(self, shard: int, after: Position, until: Position, count: int) -> list[StoredEvent]:

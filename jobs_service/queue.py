@@ -102,6 +102,7 @@ class JobQueue:
     """The queue, as one worker sees it (or, without `worker_id`, as those see it who only put jobs in).
 
     `owner_limits` says how many jobs of one owner may run at a time when the next is of that level; a level without: no limit.
+    `blocking` is a client for reads that wait.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class JobQueue:
         lease_s: float,
         worker_id: str = "",
         owner_limits: Mapping[Priority, int] = {},
+        blocking: "redis.Redis | RedisCluster | None" = None,
     ) -> None:
         if worker_id == PASSED:
             raise ValueError(f"a worker cannot be called {PASSED!r}: parked entries have this name")
         self._redis: Any = client
+        self._blocking: Any = blocking or client
         self._prefix = prefix
         self._lease_s = lease_s
         self._lease_ms = int(lease_s * 1000)
@@ -210,7 +213,7 @@ class JobQueue:
             ends = [{stream: end for of_pool in ends for stream, end in of_pool.items()}]
         # In a cluster a read cannot span slots: the pools one after the other, and what came meanwhile is there in its turn.
         for of_pool in ends:
-            if await self._redis.xread(of_pool, count=1, block=max(1, look.wait_ms // len(ends))):
+            if await self._blocking.xread(of_pool, count=1, block=max(1, look.wait_ms // len(ends))):
                 return
 
     async def _give_back(self, look: "asyncio.Task[_Look]") -> None:

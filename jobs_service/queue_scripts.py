@@ -13,6 +13,8 @@ PASSES_MAX = 4
 """An entry passed over so often goes first, whatever its model."""
 PROMOTE_MAX = 64
 """Delayed jobs of a level that one look makes waiting ones."""
+ENDANGERED = 0.7
+"""Part of a lease after which a silent worker is waited for to the millisecond: it is found every tenth of a lease anyway."""
 CLAIM_PAGE = 64
 CLAIM_PAGES = 16
 """Silent entries of a level that one look goes through, a page at a time: parked ones must not hide a dead worker's."""
@@ -95,7 +97,7 @@ end
 
 # ARGV[3..]: worker, lease in milliseconds, count, place in the weighted order of levels, models in the worker's memory.
 # Returns level, taken over or not, entry id, job, owner of each entry in one list; if none: the ends of both streams, milliseconds
-# until the next delayed job is due (-1: there is none).
+# until the next delayed job is due or the next lease may be over (-1: there is none).
 TAKE = (
     _LEVELS
     + f"""
@@ -268,6 +270,11 @@ end
 
 local wait_ms, now = -1, now_ms()
 for _, level in ipairs(LEVELS) do
+  -- Live workers renew at a third of a lease: what is not renewed by now may be over soon.
+  for _, pending in ipairs(call('XPENDING', level.stream, GROUP, 'IDLE', math.floor(lease_ms * {ENDANGERED}), '-', '+', {CLAIM_PAGE})) do
+    local left_ms = lease_ms - pending[3]
+    if pending[2] ~= PASSED and (wait_ms < 0 or left_ms < wait_ms) then wait_ms = math.max(0, left_ms) end
+  end
   local due_ms = call('ZRANGE', level.delayed, 0, 0, 'WITHSCORES')[2]
   if due_ms and (wait_ms < 0 or due_ms - now < wait_ms) then wait_ms = math.max(0, due_ms - now) end
 end

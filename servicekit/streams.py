@@ -5,26 +5,30 @@ from typing import Any, cast
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from servicekit.errors import MeshError, unavailable
 from servicekit.settings import RedisSettings
 
-SOCKET_TIMEOUT_S = 5.0
 BLOCK_MS = 2_000
-"""Longest wait of a blocking read: below the socket time-out, so that silence is not taken for a lost server."""
+"""Longest wait of a blocking read: below its time-out, so that silence is not taken for a lost server."""
+BLOCKING_TIMEOUT_S = 5.0
+COMMAND_TIMEOUT_S = 1.5
+"""Callers wait for this one: a Redis that hangs costs them no more than their patience. What it should have known it is told later."""
 
 
-def connect(settings: RedisSettings) -> "redis.Redis":
+def connect(settings: RedisSettings, *, blocking: bool = False) -> "redis.Redis":
     """A client with its own pool; a cancelled command drops its connection rather than leaving a reply for the next.
 
-    Of a cluster, one that finds the node of a key. It has the same commands; keys of one command have to share a hash tag.
+    `blocking`: for reads that wait up to `BLOCK_MS`. A command that timed out is not tried again: it may have been done.
+    Of a cluster, a client that finds the node of a key. It has the same commands; keys of one command have to share a hash tag.
     """
     options: dict[str, Any] = {
-        "socket_timeout": SOCKET_TIMEOUT_S,
-        "socket_connect_timeout": 2.0,
+        "socket_timeout": BLOCKING_TIMEOUT_S if blocking else COMMAND_TIMEOUT_S,
+        "socket_connect_timeout": COMMAND_TIMEOUT_S,
         "health_check_interval": 0,
-        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 2),
+        "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 2, supported_errors=(RedisConnectionError,)),
         "decode_responses": False,
     }
     url = settings.redis_url.get_secret_value()
