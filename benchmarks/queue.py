@@ -155,7 +155,7 @@ async def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, A
         try:
             await supervisor.start([parts.redis_spec(directory / "redis", port, password)])
             url = parts.redis_url(port, password)
-            client = streams.connect(RedisSettings.model_validate({"redis_url": url}))
+            client = streams.connect(RedisSettings.model_validate({"redis_url": url}), blocking=True)
             try:
                 return await compare(arguments, client, url)
             finally:

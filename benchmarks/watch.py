@@ -139,7 +139,7 @@ def measured_server(orders: Connection, directory: str, jwk: dict[str, Any], red
     async def body() -> None:
         settings = ServerSettings.model_validate({"certificates_dir": directory, "drain_s": 0, "log_level": "error"})
         telemetry.configure(settings, service="jobs_service", role="serve")
-        client = streams.connect(RedisSettings.model_validate({"redis_url": redis_url}))
+        client = streams.connect(RedisSettings.model_validate({"redis_url": redis_url}), blocking=True)
         log = EventLog(client, PREFIX, retention_s=600)
         hub = Hub(log)
         verifier = TokenVerifier(Keys(jwk), issuer=settings.token_issuer, audience=settings.token_audience)
@@ -317,7 +317,7 @@ async def start_redis(stack: AsyncExitStack, directory: str) -> str:
     stack.callback(process.wait)
     stack.callback(process.kill)
     url = f"redis://127.0.0.1:{port}/0"
-    client = streams.connect(RedisSettings.model_validate({"redis_url": url}))
+    client = streams.connect(RedisSettings.model_validate({"redis_url": url}), blocking=True)
     end = time.monotonic() + TIMEOUT_S
     while True:
         try:
@@ -353,7 +353,7 @@ async def measure(*, watchers: int, idle: int, bursts: int, ticks: int) -> dict[
         ensure_certificates(Path(directory), Path(directory))
         redis_url = await start_redis(stack, directory)
         jwk, metadata = access_token(ServerSettings.model_validate({"certificates_dir": directory}))
-        redis_client = streams.connect(RedisSettings.model_validate({"redis_url": redis_url}))
+        redis_client = streams.connect(RedisSettings.model_validate({"redis_url": redis_url}), blocking=True)
         stack.push_async_callback(redis_client.aclose)
         log = EventLog(redis_client, PREFIX, retention_s=600)
         data = message_like_those()

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import structlog
@@ -35,6 +35,8 @@ OFFERS_AT_ONCE = 2_000
 KNOWN_MAX = 4_096
 """Jobs of which a watch of everything remembers what it told; the oldest is forgotten first."""
 RETRY_S = 0.5
+ANNOUNCED_WITHIN = timedelta(minutes=5)
+"""An end is announced after it was committed, later if Redis is away: one may be lost that is older than what a watcher has seen."""
 
 WATCHERS = Gauge("genmesh_watchers", "Open watches")
 SERIALISED = Counter("genmesh_watch_events_serialised_total", "Events serialised for watchers")
@@ -152,6 +154,9 @@ class Hub:
         self.reading = asyncio.Event()
         """Set while the streams can be read."""
         self._moved = asyncio.Event()
+        self._read_time = time.time()
+        self.sure_until = datetime.now(UTC)
+        """When the streams of the life of Redis before this one were read last."""
         self.draining = False
         """Set when the process is told to stop: watches end, so that their clients resume elsewhere."""
 
@@ -210,6 +215,7 @@ class Hub:
         if epoch != self.epoch:
             self._positions = await self._log.ends()
             self.epoch = epoch
+            self.sure_until = datetime.fromtimestamp(self._read_time, UTC)
             for watcher in self._watchers:
                 watcher.lose()
         self.reading.set()
@@ -227,6 +233,7 @@ class Hub:
             # A quiet stream moves on too, or its tokens would grow old without anything having been missed.
             if shard not in full and position < before:
                 self._positions[shard] = before
+        self._read_time = time.time()
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -307,7 +314,7 @@ class WatchStream:
             here = self._hub.token(request.owner_id)
             honoured = token is not None and self._log.honours(token, here.epoch)
             if token is not None and not honoured:
-                request = replace(request, ended_since=token.time)
+                request = replace(request, ended_since=token.time - ANNOUNCED_WITHIN)
             known = await self._snapshots(request)
             if token is not None and honoured:
                 first = self._replay(shard, token, here.position, watcher, known)
@@ -407,7 +414,8 @@ class WatchStream:
         """Snapshots to start over with: also of jobs that the client takes for unfinished, as their end may be what was lost."""
         if request.job_ids:
             return await self._snapshots(replace(request, job_ids=tuple(sorted(self._open))))
-        known = await self._snapshots(request)
+        # Jobs, too, that began and ended in what was lost: the client has never heard of them.
+        known = await self._snapshots(replace(request, ended_since=self._hub.sure_until - ANNOUNCED_WITHIN))
         missing = self._open - {str(job.job_id) for job, _ in known}
         self._open.clear()
         return await self._still_there(request, sorted(missing)) + known if missing else known

@@ -143,11 +143,10 @@ class Schedule:
                 await asyncio.gather(dropping, loading, return_exceptions=True)
             await mesh.well()
             await invariants.drained(mesh)
-            for witness in watching:
-                try:
-                    await witness.ended(*accepted[witness.user.user_id])
-                except (TimeoutError, AssertionError) as error:
-                    self._run.violations.append(f"a watcher did not hear how its jobs ended: {error!r}"[:300])
+            heard = [witness.ended(*accepted[witness.user.user_id]) for witness in watching]
+            for outcome in await asyncio.gather(*heard, return_exceptions=True):
+                if outcome is not None:
+                    self._run.violations.append(f"a watcher did not hear how its jobs ended: {outcome!r}"[:300])
             self._run.violations += await invariants.check(mesh, watching)
         self._run.jobs = sum(map(len, accepted.values()))
         return self._run

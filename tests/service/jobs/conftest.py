@@ -118,7 +118,7 @@ async def engine(settings: DispatchSettings) -> AsyncIterator[AsyncEngine]:
 @pytest_asyncio.fixture
 async def client(settings: DispatchSettings) -> AsyncIterator["redis.Redis"]:
     """A client of Redis, whose database is emptied after the test."""
-    client = streams.connect(settings)
+    client = streams.connect(settings, blocking=True)
     yield client
     await client.flushdb()
     await client.aclose()

@@ -212,7 +212,7 @@ async def watching(
 async def test_redis_that_comes_back_with_older_data_repeats_nothing(own_redis: RedisProcess, tmp_path: Path):
     shelf = Shelf()
     job = shelf.put(new_job(shelf.owner, state=State.PROCESSING, version=2))
-    client = streams.connect(own_redis.settings())
+    client = streams.connect(own_redis.settings(), blocking=True)
     log = EventLog(client, "t", retention_s=600)
     hub = Hub(log)
     sequences: list[int] = []
@@ -273,7 +273,7 @@ async def test_redis_that_comes_back_with_older_data_repeats_nothing(own_redis: 
 
 async def test_after_a_restart_the_progress_of_a_state_that_was_lost_is_told(own_redis: RedisProcess, tmp_path: Path):
     job_id, owner = uuid.uuid4(), uuid.uuid4()
-    client = streams.connect(own_redis.settings())
+    client = streams.connect(own_redis.settings(), blocking=True)
     log = EventLog(client, "t", retention_s=600)
     try:
         first = await log.publish(state(job_id, jobs_pb2.STATE_PENDING), owner_id=owner, version=1)
@@ -299,7 +299,7 @@ async def test_after_a_restart_the_progress_of_a_state_that_was_lost_is_told(own
 async def test_events_in_a_cluster(redis_cluster: list[RedisProcess]):
     shelf = Shelf()
     for node in redis_cluster:  # whichever node the URL names
-        client = streams.connect(node.settings(cluster=True))
+        client = streams.connect(node.settings(cluster=True), blocking=True)
         log = EventLog(client, f"t{node.port}", retention_s=600)
         hub = Hub(log)
         job = shelf.put(new_job(shelf.owner, state=State.PROCESSING, version=2))
@@ -315,7 +315,7 @@ async def test_events_in_a_cluster(redis_cluster: list[RedisProcess]):
             assert [message.event.sequence async for message in watch] == published
             resumed = await stack.enter_async_context(watching(shelf, log, hub, job.job_id, token=token))
             assert [message.event.sequence async for message in resumed] == published
-            listener = streams.connect(node.settings(cluster=True))
+            listener = streams.connect(node.settings(cluster=True), blocking=True)
             stack.push_async_callback(listener.aclose)
             await listener.initialize()  # until then a cluster's client does not know where a channel is
             pubsub = await stack.enter_async_context(listener.pubsub())

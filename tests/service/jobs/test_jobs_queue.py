@@ -53,7 +53,7 @@ class Queues:
 @pytest_asyncio.fixture
 async def client(redis_url: str) -> AsyncIterator["redis.Redis"]:
     """A client of Redis with a database that these tests may empty."""
-    client = streams.connect(RedisSettings.model_validate({"redis_url": redis_url.removesuffix("/0") + "/6"}))
+    client = streams.connect(RedisSettings.model_validate({"redis_url": redis_url.removesuffix("/0") + "/6"}), blocking=True)
     yield client
     await client.flushdb()
     await client.aclose()
@@ -852,7 +852,7 @@ def test_any_sequence_of_operations_does_what_the_model_does(redis_url: str):
     with asyncio.Runner() as runner:
 
         async def connect() -> Any:
-            return streams.connect(RedisSettings.model_validate({"redis_url": redis_url.removesuffix("/0") + "/7"}))
+            return streams.connect(RedisSettings.model_validate({"redis_url": redis_url.removesuffix("/0") + "/7"}), blocking=True)
 
         QueueMachine.run, QueueMachine.client = runner, runner.run(connect())
         try:

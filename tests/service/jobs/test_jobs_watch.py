@@ -16,6 +16,7 @@ from google.rpc import status_pb2
 
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import store, tables, watch
+from jobs_service.events import Token
 from jobs_service.lifecycle import Failure, Job, State
 from jobs_service.watch import SERIALISED, Hub, WatchRequest, WatchStream
 from servicekit.database import transaction
@@ -378,6 +379,37 @@ async def test_a_watch_of_everything_learns_what_ended_since_a_token_that_is_too
         assert (snapshot.job_id, snapshot.state) == (str(job.job_id), jobs_pb2.STATE_COMPLETED)
         another = await start(world)
         assert (await client.event()).job_id == str(another.job_id), "and nothing of what ended long before"
+
+
+async def test_a_job_that_ended_before_the_newest_token_but_was_announced_after_it_is_told(world: World, hub: Hub):
+    job = await start(world)
+    async with transaction(world.engine) as connection:
+        assert await store.finish(connection, job, State.COMPLETED, fallback_s=60) is not None
+    async with watching(world, hub, checkpoint_interval_s=0.05) as client:
+        token = (await client.next()).resume_token
+        finish_time = (await world.job(job.job_id)).finish_time
+        assert finish_time is not None
+        while Token.decode(token, owner_id=world.owner).time < finish_time:
+            token = (await client.next()).resume_token
+    before = hub.epoch
+    await world.client.flushdb()  # the announcement is lost before anybody read it
+    await eventually(lambda: _changed(hub, before))
+    async with watching(world, hub, token=token) as client:
+        snapshot = (await client.next()).snapshot
+        assert (snapshot.job_id, snapshot.state) == (str(job.job_id), jobs_pb2.STATE_COMPLETED)
+
+
+async def test_a_job_that_began_and_ended_in_what_was_lost_is_told(world: World, hub: Hub):
+    async with watching(world, hub) as client:
+        assert (await client.next()).HasField("checkpoint")
+        job = await world.submit()
+        async with transaction(world.engine) as connection:
+            started = await store.start_attempt(connection, job.job_id, worker_id="w", entry="s/1-0", takeover=False)
+            assert started is not None
+            assert await store.finish(connection, started, State.COMPLETED, fallback_s=60) is not None
+        await world.client.flushdb()
+        snapshot = (await client.next()).snapshot
+        assert (snapshot.job_id, snapshot.state) == (str(job.job_id), jobs_pb2.STATE_COMPLETED)
 
 
 async def _changed(hub: Hub, epoch: str) -> bool:
