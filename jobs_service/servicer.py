@@ -2,7 +2,6 @@
 
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -99,7 +98,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
         )
         return jobs_pb2.DeleteJobResponse(receipt=receipt)
 
-    async def WatchJobs(self, request: jobs_pb2.WatchJobsRequest, context: Context) -> AsyncGenerator[jobs_pb2.WatchJobsResponse, None]:
+    def WatchJobs(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, request: jobs_pb2.WatchJobsRequest, context: Context
+    ) -> AsyncGenerator[bytes, None]:
         """See the proto. Yields messages already serialised: an event is serialised once for all its watchers."""
         stream = WatchStream(self._hub, self._log, self._jobs.snapshots, checkpoint_interval_s=self._checkpoint_interval_s)
         watch = WatchRequest(
@@ -108,9 +109,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             resume_token=request.resume_token,
             expire_time=current_principal().expire_time,
         )
-        async with aclosing(stream.run(watch)) as messages:
-            async for message in messages:
-                yield message  # pyright: ignore[reportReturnType]
+        return stream.run(watch)
 
 
 class JobsAdminServicer(jobs_pb2_grpc.JobsAdminServiceServicer):

@@ -226,13 +226,14 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return response if isinstance(response, bytes) else handler.response_serializer(response)
 
         if handler.response_streaming:
-
-            async def stream(request: Message | Malformed, context: Context) -> AsyncGenerator[Any, None]:
+            # A coroutine that writes, not one more generator around the method's: a fan-out feels each of them.
+            async def stream(request: Message | Malformed, context: Context) -> None:
+                write = context.write
                 async with AsyncExitStack() as stack:
                     await self._enter(stack, Call(method, request, context, metadata))
                     async with aclosing(handler.unary_stream(request, context)) as responses:
                         async for response in responses:
-                            yield response
+                            await write(response)
 
             return grpc.unary_stream_rpc_method_handler(stream, deserialize, serialize)  # pyright: ignore[reportArgumentType]
 
