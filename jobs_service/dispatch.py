@@ -286,7 +286,7 @@ class Dispatcher:
         except asyncio.CancelledError:
             # The process is told to stop: the job goes back to the queue, for another worker to start over.
             generation.cancel()
-            handing_back = asyncio.create_task(self._hand_back(job, entry))
+            handing_back = asyncio.create_task(self._hand_back(job, entry, output))
             while not handing_back.done():  # whoever stops us asks again every second
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait([handing_back])
@@ -384,22 +384,25 @@ class Dispatcher:
         delay_s = retry_delay_s(refusal.reason, job.failures + 1, max_attempts=self._settings.max_attempts, jitter=random.random())  # noqa: S311
         if delay_s is None:
             return await self._finish(job, State.FAILED, output, refusal)
-        return await self._put_back(job, entry, delay_s=delay_s, failed=True)
+        return await self._put_back(job, entry, output, delay_s=delay_s, failed=True)
 
-    async def _hand_back(self, job: Job, entry: Entry) -> None:
+    async def _hand_back(self, job: Job, entry: Entry, output: Output) -> None:
         try:
-            await self._put_back(job, entry, delay_s=0.0, failed=False)
+            await self._put_back(job, entry, output, delay_s=0.0, failed=False)
         except (RedisError, SQLAlchemyError, OSError) as error:  # others claim the entry when the lease is over
             _log.warning("hand_back.failed", job_id=str(job.job_id), error=repr(error)[:300])
 
-    async def _put_back(self, job: Job, entry: Entry, *, delay_s: float, failed: bool) -> str:
+    async def _put_back(self, job: Job, entry: Entry, output: Output, *, delay_s: float, failed: bool) -> str:
         async with transaction(self._engine) as connection:
-            back = await store.requeue(connection, job, delay_s=delay_s, failed=failed, fallback_s=FALLBACK_S)
-        if back is None:
+            if await store.cancel_requested(connection, [job.job_id]):  # nobody wants another attempt
+                moved = await store.finish(connection, job, State.CANCELLED, fallback_s=FALLBACK_S, steps_done=output.steps_done)
+            else:
+                moved = await store.requeue(connection, job, delay_s=delay_s, failed=failed, fallback_s=FALLBACK_S)
+        if moved is None:
             return "fenced"
         # This entry first: it counts as a running job of its owner, who may have no room for another one beside it.
         await self._queue.done(entry)
-        await self._delivery.now(*back)
+        await self._delivery.now(*moved)
         return "retried"
 
     async def _publish_state(self, job: Job) -> bool:

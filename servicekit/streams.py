@@ -17,6 +17,9 @@ BLOCKING_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 1.5
 """Callers wait for this one: a Redis that hangs costs them no more than their patience. What it should have known it is told later."""
 
+CONNECTIONS_MAX = 512
+"""Commands of a client under way at once; one more is refused as if Redis were away."""
+
 
 def connect(settings: RedisSettings, *, blocking: bool = False) -> "redis.Redis":
     """A client with its own pool; a cancelled command drops its connection rather than leaving a reply for the next.
@@ -28,6 +31,7 @@ def connect(settings: RedisSettings, *, blocking: bool = False) -> "redis.Redis"
         "socket_timeout": BLOCKING_TIMEOUT_S if blocking else COMMAND_TIMEOUT_S,
         "socket_connect_timeout": COMMAND_TIMEOUT_S,
         "health_check_interval": 0,
+        "max_connections": CONNECTIONS_MAX,
         "retry": Retry(ExponentialBackoff(cap=0.5, base=0.02), 2, supported_errors=(RedisConnectionError,)),
         "decode_responses": False,
     }

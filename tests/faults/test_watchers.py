@@ -202,7 +202,8 @@ async def test_watches_leave_nothing_behind(mesh: Mesh, alice: User) -> None:
             while await watchers_open(mesh):  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         assert process.memory_info().rss - before < GROWTH_BYTES
-        assert process.num_fds() <= descriptors + 4
+        # The pool of Redis connections may have grown to as many as there were calls at once; a leak would be of thousands.
+        assert process.num_fds() <= descriptors + AT_ONCE
         assert mesh.controls.pid("jobs") == pid
 
 

@@ -8,14 +8,14 @@ from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
 import sqlalchemy as sa
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from credit_service import app, store
 from credit_service.ledger import Balance, Outcome, ReservationAnswer, State
 from credit_service.settings import CreditSettings
+from tests.service.stateful import run_machine
 
 T = TypeVar("T")
 
@@ -199,16 +199,7 @@ def test_any_sequence_of_operations_keeps_the_books(credit_settings: CreditSetti
         try:
             runner.run(store.expire_due(connection, limit=1000))
             LedgerMachine.run, LedgerMachine.connection = runner, connection
-            run_state_machine_as_test(
-                LedgerMachine,
-                settings=settings(
-                    max_examples=EXAMPLES,
-                    stateful_step_count=STEPS,
-                    deadline=None,
-                    suppress_health_check=[HealthCheck.too_slow],
-                    print_blob=True,
-                ),
-            )
+            run_machine(LedgerMachine, examples=EXAMPLES, steps=STEPS)
         finally:
             runner.run(connection.close())
             runner.run(engine.dispose())

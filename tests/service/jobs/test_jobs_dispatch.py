@@ -275,6 +275,19 @@ async def test_a_worker_that_is_told_to_stop_costs_its_job_no_attempt(world: Wor
     assert (back.state, back.attempt, back.failures) == (State.PENDING, 3, 0)
 
 
+async def test_a_failed_attempt_of_a_job_nobody_wants_any_more_is_its_last(world: World, inference: Inference, balance: Balance):
+    job = await queued(world)
+    async with dispatching(world, inference):
+        call = await generation(inference)
+        call.step(4)
+        async with transaction(world.engine) as connection:  # a wish that nobody told the worker of
+            assert await store.request_cancel(connection, job.job_id, world.owner) is not None
+        call.fail(refusal(grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_UNAVAILABLE))
+        done = await world.reaches(job.job_id, State.CANCELLED)
+        await settled(world, balance, 960)
+    assert (done.attempt, done.steps_done, done.cost) == (1, 4, 40)
+
+
 async def test_a_job_that_silences_its_workers_fails_without_another_start(world: World, inference: Inference, balance: Balance):
     job = await queued(world)
     poisoned = world.worker_queue("worker-0")

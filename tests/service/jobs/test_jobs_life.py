@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import sqlalchemy as sa
-from hypothesis import HealthCheck
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from jobs_service import store
@@ -21,6 +19,7 @@ from jobs_service.store import Duty, OutboxRow, Retry
 from jobs_service.tables import metadata, outbox, retries
 from servicekit import database
 from tests.service.jobs.world import new_job, submit
+from tests.service.stateful import run_machine
 
 T = TypeVar("T")
 
@@ -342,16 +341,7 @@ def test_any_course_of_events_keeps_the_rules(settings: DispatchSettings):
         connection = runner.run(engine.connect().__aenter__())
         try:
             LifeMachine.run, LifeMachine.connection = runner, connection
-            run_state_machine_as_test(
-                LifeMachine,
-                settings=hypothesis_settings(
-                    max_examples=EXAMPLES,
-                    stateful_step_count=STEPS,
-                    deadline=None,
-                    suppress_health_check=[HealthCheck.too_slow],
-                    print_blob=True,
-                ),
-            )
+            run_machine(LifeMachine, examples=EXAMPLES, steps=STEPS)
         finally:
             runner.run(connection.close())
             runner.run(engine.dispose())

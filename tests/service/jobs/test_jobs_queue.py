@@ -13,9 +13,8 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 import pytest_asyncio
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from redis import asyncio as redis
 from redis.asyncio.cluster import RedisCluster
 
@@ -27,6 +26,7 @@ from servicekit import streams
 from servicekit.settings import RedisSettings
 from tests.service.jobs.redis_servers import RedisProcess, programs
 from tests.service.jobs.world import POOL, eventually, new_job, running, within
+from tests.service.stateful import run_machine
 
 T = TypeVar("T")
 
@@ -856,16 +856,7 @@ def test_any_sequence_of_operations_does_what_the_model_does(redis_url: str):
 
         QueueMachine.run, QueueMachine.client = runner, runner.run(connect())
         try:
-            run_state_machine_as_test(
-                QueueMachine,
-                settings=settings(
-                    max_examples=EXAMPLES,
-                    stateful_step_count=STEPS,
-                    deadline=None,
-                    suppress_health_check=[HealthCheck.too_slow],
-                    print_blob=True,
-                ),
-            )
+            run_machine(QueueMachine, examples=EXAMPLES, steps=STEPS)
         finally:
             runner.run(QueueMachine.client.aclose())
 
