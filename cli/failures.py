@@ -73,7 +73,7 @@ _ADVICE_OF_REASON = {
     "ERROR_REASON_EMAIL_TAKEN": "sign in with `genmesh login`, or register another address",
     "ERROR_REASON_MODEL_UNKNOWN": "`genmesh models` lists what there is",
     "ERROR_REASON_JOB_TERMINAL": "nothing is left to do: `genmesh jobs show JOB` tells how it ended",
-    "ERROR_REASON_JOB_NOT_FAILED": "only a failed job can be retried: `genmesh jobs show JOB` tells how it stands",
+    "ERROR_REASON_JOB_NOT_FAILED": "`genmesh jobs show JOB` tells how it stands",
     "ERROR_REASON_JOB_NOT_TERMINAL": "stop it first with `genmesh jobs cancel JOB`, or wait for its end with `genmesh watch JOB`",
     "ERROR_REASON_LIMIT_REACHED": "a limit was reached: wait for your other jobs, or try again in a moment",
     "ERROR_REASON_INTERNAL": "try again; if it stays, give the error id to whoever runs this genmesh",

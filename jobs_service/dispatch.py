@@ -27,7 +27,7 @@ from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import store
 from jobs_service.delivery import FALLBACK_S, Delivery
 from jobs_service.events import EventLog
-from jobs_service.lifecycle import Job, State, failure, retry_delay_s
+from jobs_service.lifecycle import Job, State, failure, retry_delay_s, worker_lost
 from jobs_service.messages import Presign, new_event, presigned
 from jobs_service.queue import Entry, Hold, JobQueue
 from jobs_service.settings import DispatchSettings
@@ -251,10 +251,8 @@ class Dispatcher:
             return False
         if job.cancel_requested_time is not None or job.failures + 1 < self._settings.max_attempts:
             return False
-        message = f"its worker was lost {job.failures + 1} times, and no attempt is left" if job.failures else "its worker was lost"
-        refusal = MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, message)
         with structlog.contextvars.bound_contextvars(job_id=str(job.job_id), attempt=job.attempt):
-            outcome = await self._finish(job, State.FAILED, Output(), refusal)
+            outcome = await self._finish(job, State.FAILED, Output(), worker_lost())
             ATTEMPTS.labels("gave_up").inc()
             _log.warning("job.gave_up", worker_id=job.worker_id, outcome=outcome)
         if outcome != "fenced":

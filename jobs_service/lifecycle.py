@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+import grpc
+
 from servicekit.errors import MeshError, Reason
 
 
@@ -167,6 +169,12 @@ class Failure:
     error: bytes
     reason: str
     fingerprint: str
+
+
+def worker_lost() -> MeshError:
+    """Why a job fails whose last attempt ended with its worker. The words are always the same: its fingerprint follows from them."""
+    message = "its worker was lost, and no attempt is left"
+    return MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, message)
 
 
 def failure(refusal: MeshError, model: str) -> Failure:

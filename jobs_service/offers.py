@@ -1,5 +1,6 @@
 """What the mesh offers now: models, workers, how long jobs take. Read from the store every few seconds; estimates are made of it."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Offers:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._read = float("-inf")
+        self._refreshing = asyncio.Lock()
         self.models: Mapping[str, inference_pb2.Model] = {}
         """Every model ever offered, by id: a job may be submitted while its worker is away."""
         self.workers: list[Worker] = []
@@ -52,8 +54,17 @@ class Offers:
 
     async def refresh(self) -> None:
         """Read again what has grown old. Raises UNAVAILABLE when it cannot be read."""
-        if time.monotonic() - self._read < MAX_AGE_S and self.models:
+        if self._fresh:
             return
+        async with self._refreshing:  # one call reads, the others that found it old wait for that
+            if not self._fresh:
+                await self._reread()
+
+    @property
+    def _fresh(self) -> bool:
+        return time.monotonic() - self._read < MAX_AGE_S and bool(self.models)
+
+    async def _reread(self) -> None:
         async with reading(self._engine) as connection:
             offered = await store.offered_models(connection)
             self.workers = await store.live_workers(connection, silent_s=WORKER_SILENT_S)

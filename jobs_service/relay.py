@@ -7,7 +7,6 @@ import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 
-import grpc
 import structlog
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
@@ -20,12 +19,12 @@ from jobs_service.deletion import Deletions
 from jobs_service.delivery import FALLBACK_S, Delivery
 from jobs_service.events import EventLog
 from jobs_service.ledger import Ledger
-from jobs_service.lifecycle import Job, State, failure
+from jobs_service.lifecycle import Job, State, failure, worker_lost
 from jobs_service.messages import new_event
 from jobs_service.offers import Offers
 from jobs_service.queue import JobQueue
 from servicekit.database import reading, transaction
-from servicekit.errors import MeshError, Reason
+from servicekit.errors import MeshError
 
 OUTBOX_INTERVAL_S = 0.25
 OUTBOX_BATCH = 50
@@ -146,22 +145,22 @@ class Relay:
         while batch := await self._pending(after, older_than_s=0.0):
             after = batch[-1].job_id
             mine = [job for job in batch if job.pool in lost]
-            await self._queue.put_many(mine)
-            await self._announce_all(mine)
+            await self._put_in(mine)
             count += len(mine)
         for pool in lost:
             await self._queue.rebuilt(pool)
         if count:
             _log.warning("queue.rebuilt", jobs=count)
 
-    async def _announce_all(self, jobs: Sequence[Job]) -> None:
+    async def _put_in(self, jobs: Sequence[Job]) -> None:
+        await self._queue.put_many(jobs)
         at_once = asyncio.Semaphore(ANNOUNCEMENTS_AT_ONCE)
 
-        async def announce(job: Job) -> None:
+        async def publish(job: Job) -> None:
             async with at_once:
-                await self._delivery.announce(job)
+                await self._delivery.publish(job)
 
-        await asyncio.gather(*map(announce, jobs))
+        await asyncio.gather(*map(publish, jobs))
 
     async def _queue_missing(self) -> None:
         """Look, batch by batch, whether the queue knows every pending job, and put in those that it does not know."""
@@ -171,7 +170,7 @@ class Relay:
         if missing:
             # Taken a moment ago and about to start, if it was ours to take: a second entry of a job does no harm.
             _log.warning("queue.jobs_missing", count=len(missing), job_id=str(missing[0].job_id))
-            await self._announce_all(missing)
+            await self._put_in(missing)
 
     async def _pending(self, after: uuid.UUID | None, *, older_than_s: float) -> list[Job]:
         async with reading(self._engine) as connection:
@@ -209,9 +208,8 @@ class Relay:
         async with transaction(self._engine) as connection:
             running = await store.running_jobs(connection, older_than_s=self._lease_s, limit=SWEEP_BATCH)
         for job in running:
-            if not await self._stray(job):
-                continue
-            await self._put_back(job)
+            if await self._stray(job):
+                await self._put_back(job)
 
     async def _put_back(self, job: Job) -> None:
         last = job.failures + 1 >= self._max_attempts
@@ -219,8 +217,8 @@ class Relay:
             if job.cancel_requested_time is not None:
                 moved = await store.finish(connection, job, State.CANCELLED, fallback_s=FALLBACK_S)
             elif last:
-                lost = MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, "its worker was lost, and no attempt is left")
-                moved = await store.finish(connection, job, State.FAILED, fallback_s=FALLBACK_S, failure=failure(lost, job.model))
+                lost = failure(worker_lost(), job.model)
+                moved = await store.finish(connection, job, State.FAILED, fallback_s=FALLBACK_S, failure=lost)
             else:
                 moved = await store.requeue(connection, job, delay_s=0.0, failed=True, fallback_s=FALLBACK_S)
         if moved is not None:

@@ -27,8 +27,8 @@ from genmesh.identity.v1 import identity_pb2
 from genmesh.jobs.v1 import jobs_pb2
 
 REQUEUE_MAX = 1000
-REQUEUE_TIMEOUT_S = 120.0
-"""Every job that goes back is paid for first, one after the other."""
+REQUEUE_TIMEOUT_S = 30.0
+"""As long as the edge waits for an answer: every job that goes back is held for first. What was cut off can be run again."""
 
 _REASON = "ERROR_REASON_"
 

@@ -97,9 +97,10 @@ async def test_jobs_are_accepted_while_redis_is_down(mesh: Mesh, alice: User, wi
 
     async def keep_down() -> None:
         while True:
+            killed = mesh.controls.pid("redis")
             mesh.controls.kill("redis")
             down.set()
-            await asyncio.sleep(0.02)
+            await mesh.stack.until(lambda: mesh.controls.pid("redis") not in (None, killed))  # noqa: B023
 
     keeping = asyncio.create_task(keep_down())
     try:

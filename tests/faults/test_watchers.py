@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from genmesh.jobs.v1 import jobs_pb2
-from tests.e2e.caller import WATCH_JOBS, Refusal, User, bearer
+from tests.e2e.caller import WATCH_JOBS, Refusal, User, bearer, eventually
 from tests.faults.conftest import NewWitness, quick, slow
 from tests.faults.mesh import STREAMS_A_CHANNEL, Mesh, new_channel
 from tests.faults.witness import Witness
@@ -198,9 +198,7 @@ async def test_watches_leave_nothing_behind(mesh: Mesh, alice: User) -> None:
         before, descriptors = process.memory_info().rss, process.num_fds()
         await cycles(CONNECTS)
         assert cut < CONNECTS / 4
-        async with asyncio.timeout(30):
-            while await watchers_open(mesh):  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
+        await eventually(lambda: watchers_open(mesh), lambda count: count == 0)
         assert process.memory_info().rss - before < GROWTH_BYTES
         # The pool of Redis connections may have grown to as many as there were calls at once; a leak would be of thousands.
         assert process.num_fds() <= descriptors + AT_ONCE

@@ -303,7 +303,20 @@ async def test_a_job_that_silences_its_workers_fails_without_another_start(world
         done = await world.reaches(job.job_id, State.FAILED)
         await settled(world, balance, 900)
     assert (done.attempt, done.worker_id, done.failure_reason) == (1, "worker-0", "ERROR_REASON_WORKER_LOST")
-    assert done.fingerprint
+    assert done.fingerprint == lifecycle.failure(lifecycle.worker_lost(), "small").fingerprint
+
+
+async def test_a_stray_job_without_an_attempt_left_fails_for_the_same_cause(world: World, balance: Balance):
+    job = await world.submit()
+    async with transaction(world.engine) as connection:
+        stray = f"{{{world.prefix}:queue:{POOL}}}:1/1-0"
+        assert await store.start_attempt(connection, job.job_id, worker_id="dead", entry=stray, takeover=False) is not None
+        await connection.execute(sa.update(jobs).values(failures=world.settings.max_attempts - 1))
+    async with running(world.relay().sweep()):
+        done = await world.reaches(job.job_id, State.FAILED)
+        await settled(world, balance, 1000)
+    assert (done.attempt, done.cost) == (1, 0)
+    assert done.fingerprint == lifecycle.failure(lifecycle.worker_lost(), "small").fingerprint
 
 
 async def test_an_owner_runs_no_more_jobs_at_once_than_allowed(world: World, inference: Inference):

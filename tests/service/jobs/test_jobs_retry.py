@@ -12,7 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service import jobs as jobs_module
@@ -495,6 +495,21 @@ async def test_an_estimate_reckons_with_jobs_before_it_and_workers(world: World,
     async with transaction(world.engine) as connection:
         await store.withdraw_worker(connection, "w1")
     assert await estimated() == (3, pytest.approx(4 * alone_s))
+
+
+async def test_calls_at_once_read_what_is_offered_once(world: World, monkeypatch: pytest.MonkeyPatch):
+    await world.offer()
+    read, reads = store.offered_models, 0
+
+    async def counted(connection: AsyncConnection) -> list[tuple[bytes, float]]:
+        nonlocal reads
+        reads += 1
+        return await read(connection)
+
+    monkeypatch.setattr(store, "offered_models", counted)
+    offered = Offers(world.engine)
+    await asyncio.gather(*(offered.refresh() for _ in range(20)))
+    assert (reads, list(offered.models)) == (1, ["small"])
 
 
 async def test_what_is_offered_is_read_again_only_when_it_is_old(world: World, monkeypatch: pytest.MonkeyPatch):
