@@ -7,6 +7,8 @@ UV_VERSION := 0.13.9
 # torch comes first and by plain pip: that is the small CPU build wherever pip is set up for it, and nothing else moves it later.
 TORCH := torch==2.13.0
 OVERRIDES := build/lock-overrides.txt
+# Where pip trusts the certificates of the system, uv does too.
+export UV_SYSTEM_CERTS ?= true
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test faults lint breaking settings check-gen gen lock clean

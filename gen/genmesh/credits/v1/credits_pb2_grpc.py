@@ -40,10 +40,25 @@ class CreditsServiceStub:
                 request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetBalanceRequest.SerializeToString,
                 response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetBalanceResponse.FromString,
                 _registered_method=True)
+        self.WatchBalance = channel.unary_stream(
+                '/genmesh.credits.v1.CreditsService/WatchBalance',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.WatchBalanceRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.WatchBalanceResponse.FromString,
+                _registered_method=True)
         self.ListEntries = channel.unary_unary(
                 '/genmesh.credits.v1.CreditsService/ListEntries',
                 request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListEntriesRequest.SerializeToString,
                 response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListEntriesResponse.FromString,
+                _registered_method=True)
+        self.ListCeilings = channel.unary_unary(
+                '/genmesh.credits.v1.CreditsService/ListCeilings',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListCeilingsRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListCeilingsResponse.FromString,
+                _registered_method=True)
+        self.SetKeyCeiling = channel.unary_unary(
+                '/genmesh.credits.v1.CreditsService/SetKeyCeiling',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetKeyCeilingRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetKeyCeilingResponse.FromString,
                 _registered_method=True)
 
 
@@ -58,8 +73,30 @@ class CreditsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchBalance(self, request, context):
+        """WatchBalance sends the caller's balance at once, again whenever it has changed, and every 15 seconds of silence.
+        Changes that come close together may arrive as one; the newest balance always arrives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEntries(self, request, context):
         """ListEntries lists the ledger entries of the caller's accounts, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCeilings(self, request, context):
+        """ListCeilings lists the caller's ceilings and how much of them is spent: that of the account, then those of API keys.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetKeyCeiling(self, request, context):
+        """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,10 +110,25 @@ def add_CreditsServiceServicer_to_server(servicer, server):
                     request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetBalanceRequest.FromString,
                     response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetBalanceResponse.SerializeToString,
             ),
+            'WatchBalance': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBalance,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.WatchBalanceRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.WatchBalanceResponse.SerializeToString,
+            ),
             'ListEntries': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEntries,
                     request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListEntriesRequest.FromString,
                     response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListEntriesResponse.SerializeToString,
+            ),
+            'ListCeilings': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCeilings,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListCeilingsRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListCeilingsResponse.SerializeToString,
+            ),
+            'SetKeyCeiling': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetKeyCeiling,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetKeyCeilingRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetKeyCeilingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -118,6 +170,33 @@ class CreditsService:
             _registered_method=True)
 
     @staticmethod
+    def WatchBalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/genmesh.credits.v1.CreditsService/WatchBalance',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.WatchBalanceRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.WatchBalanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListEntries(request,
             target,
             options=(),
@@ -144,9 +223,63 @@ class CreditsService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ListCeilings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.credits.v1.CreditsService/ListCeilings',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.ListCeilingsRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.ListCeilingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetKeyCeiling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.credits.v1.CreditsService/SetKeyCeiling',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.SetKeyCeilingRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.SetKeyCeilingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class LedgerAdminServiceStub:
-    """LedgerAdminService lets administrators give credits.
+    """LedgerAdminService lets administrators give credits, take them back, bound what users spend, and audit the ledger.
     """
 
     def __init__(self, channel):
@@ -160,15 +293,66 @@ class LedgerAdminServiceStub:
                 request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GrantCreditsRequest.SerializeToString,
                 response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GrantCreditsResponse.FromString,
                 _registered_method=True)
+        self.ClawbackCredits = channel.unary_unary(
+                '/genmesh.credits.v1.LedgerAdminService/ClawbackCredits',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ClawbackCreditsRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ClawbackCreditsResponse.FromString,
+                _registered_method=True)
+        self.GetAccount = channel.unary_unary(
+                '/genmesh.credits.v1.LedgerAdminService/GetAccount',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountResponse.FromString,
+                _registered_method=True)
+        self.SetUserCeiling = channel.unary_unary(
+                '/genmesh.credits.v1.LedgerAdminService/SetUserCeiling',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetUserCeilingRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetUserCeilingResponse.FromString,
+                _registered_method=True)
+        self.AuditLedger = channel.unary_stream(
+                '/genmesh.credits.v1.LedgerAdminService/AuditLedger',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.AuditLedgerRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.AuditLedgerResponse.FromString,
+                _registered_method=True)
 
 
 class LedgerAdminServiceServicer:
-    """LedgerAdminService lets administrators give credits.
+    """LedgerAdminService lets administrators give credits, take them back, bound what users spend, and audit the ledger.
     """
 
     def GrantCredits(self, request, context):
         """GrantCredits gives credits to a user. Idempotent by `request_id`.
         Errors: ALREADY_EXISTS (REQUEST_ID_REUSED), INVALID_ARGUMENT (AMOUNT_OUT_OF_RANGE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClawbackCredits(self, request, context):
+        """ClawbackCredits takes available credits back from a user, promotional ones first. Idempotent by `request_id`.
+        What is held for jobs cannot be taken.
+        Errors: FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAccount(self, request, context):
+        """GetAccount shows what a user has. A user nobody has heard of has nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetUserCeiling(self, request, context):
+        """SetUserCeiling bounds what a user may spend a day and a month, or lifts the bounds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AuditLedger(self, request, context):
+        """AuditLedger recomputes every balance from the entries, in one snapshot of the database: each discrepancy as it is
+        found, then a summary as the last message. The first message comes at once and is empty.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,6 +366,26 @@ def add_LedgerAdminServiceServicer_to_server(servicer, server):
                     request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GrantCreditsRequest.FromString,
                     response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GrantCreditsResponse.SerializeToString,
             ),
+            'ClawbackCredits': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClawbackCredits,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ClawbackCreditsRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ClawbackCreditsResponse.SerializeToString,
+            ),
+            'GetAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAccount,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountResponse.SerializeToString,
+            ),
+            'SetUserCeiling': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetUserCeiling,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetUserCeilingRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetUserCeilingResponse.SerializeToString,
+            ),
+            'AuditLedger': grpc.unary_stream_rpc_method_handler(
+                    servicer.AuditLedger,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.AuditLedgerRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.AuditLedgerResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'genmesh.credits.v1.LedgerAdminService', rpc_method_handlers)
@@ -191,7 +395,7 @@ def add_LedgerAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LedgerAdminService:
-    """LedgerAdminService lets administrators give credits.
+    """LedgerAdminService lets administrators give credits, take them back, bound what users spend, and audit the ledger.
     """
 
     @staticmethod
@@ -211,6 +415,114 @@ class LedgerAdminService:
             '/genmesh.credits.v1.LedgerAdminService/GrantCredits',
             genmesh_dot_credits_dot_v1_dot_credits__pb2.GrantCreditsRequest.SerializeToString,
             genmesh_dot_credits_dot_v1_dot_credits__pb2.GrantCreditsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClawbackCredits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.credits.v1.LedgerAdminService/ClawbackCredits',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.ClawbackCreditsRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.ClawbackCreditsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.credits.v1.LedgerAdminService/GetAccount',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetUserCeiling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.credits.v1.LedgerAdminService/SetUserCeiling',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.SetUserCeilingRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.SetUserCeilingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AuditLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/genmesh.credits.v1.LedgerAdminService/AuditLedger',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.AuditLedgerRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.AuditLedgerResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -261,7 +573,8 @@ class LedgerServiceServicer:
     def ReserveCredits(self, request, context):
         """ReserveCredits holds credits until they are captured or released, or until `ttl` has passed. Idempotent by
         `reservation_id`.
-        Errors: FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED), INVALID_ARGUMENT.
+        Errors: FAILED_PRECONDITION (INSUFFICIENT_CREDITS), RESOURCE_EXHAUSTED (CEILING_REACHED), ALREADY_EXISTS
+        (REQUEST_ID_REUSED), INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -271,7 +584,7 @@ class LedgerServiceServicer:
         """CaptureReservation takes `amount_millicredits` of a reservation as payment and gives the rest back. Again with the
         same amount: the same answer.
         Errors: NOT_FOUND, ALREADY_EXISTS (captured with another amount), FAILED_PRECONDITION (RESERVATION_RELEASED,
-        RESERVATION_EXPIRED), INVALID_ARGUMENT (AMOUNT_OUT_OF_RANGE).
+        RESERVATION_EXPIRED), INVALID_ARGUMENT (AMOUNT_OUT_OF_RANGE; lines that do not add up to the amount).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

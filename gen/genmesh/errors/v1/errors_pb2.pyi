@@ -92,6 +92,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: only a failed job can be retried. Metadata: `state`."""
     ERROR_REASON_JOB_NOT_TERMINAL: _ErrorReason.ValueType  # 32
     """FAILED_PRECONDITION: only a job that has ended can be deleted. Metadata: `state`."""
+    ERROR_REASON_CEILING_REACHED: _ErrorReason.ValueType  # 33
+    """RESOURCE_EXHAUSTED: a ceiling on what the account or the API key may spend does not leave room for the price.
+    QuotaFailure says which; RetryInfo says when it starts anew. Metadata: `period` (`day` or `month`),
+    `ceiling_millicredits`, `spent_millicredits`, `required_millicredits`, `api_key_id` where it is a key's.
+    """
+    ERROR_REASON_SIGNATURE_INVALID: _ErrorReason.ValueType  # 34
+    """UNAUTHENTICATED: the signature of a payment provider's notice does not verify, or is too old."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the machine-readable reason of a refusal; clients branch on it, never on the message text."""
@@ -164,4 +171,11 @@ ERROR_REASON_JOB_NOT_FAILED: ErrorReason.ValueType  # 31
 """FAILED_PRECONDITION: only a failed job can be retried. Metadata: `state`."""
 ERROR_REASON_JOB_NOT_TERMINAL: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION: only a job that has ended can be deleted. Metadata: `state`."""
+ERROR_REASON_CEILING_REACHED: ErrorReason.ValueType  # 33
+"""RESOURCE_EXHAUSTED: a ceiling on what the account or the API key may spend does not leave room for the price.
+QuotaFailure says which; RetryInfo says when it starts anew. Metadata: `period` (`day` or `month`),
+`ceiling_millicredits`, `spent_millicredits`, `required_millicredits`, `api_key_id` where it is a key's.
+"""
+ERROR_REASON_SIGNATURE_INVALID: ErrorReason.ValueType  # 34
+"""UNAUTHENTICATED: the signature of a payment provider's notice does not verify, or is too old."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

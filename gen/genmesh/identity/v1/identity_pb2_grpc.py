@@ -282,7 +282,7 @@ class IdentityService:
 
 
 class IdentityAdminServiceStub:
-    """IdentityAdminService lets administrators find accounts.
+    """IdentityAdminService lets administrators find and change accounts.
     """
 
     def __init__(self, channel):
@@ -296,14 +296,28 @@ class IdentityAdminServiceStub:
                 request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListUsersRequest.SerializeToString,
                 response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListUsersResponse.FromString,
                 _registered_method=True)
+        self.UpdateUser = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityAdminService/UpdateUser',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityAdminServiceServicer:
-    """IdentityAdminService lets administrators find accounts.
+    """IdentityAdminService lets administrators find and change accounts.
     """
 
     def ListUsers(self, request, context):
         """ListUsers lists accounts, newest first, optionally the one with a given e-mail address.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateUser(self, request, context):
+        """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
+        the life of an access token at the latest.
+        Errors: NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -317,6 +331,11 @@ def add_IdentityAdminServiceServicer_to_server(servicer, server):
                     request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListUsersRequest.FromString,
                     response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListUsersResponse.SerializeToString,
             ),
+            'UpdateUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateUser,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'genmesh.identity.v1.IdentityAdminService', rpc_method_handlers)
@@ -326,7 +345,7 @@ def add_IdentityAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IdentityAdminService:
-    """IdentityAdminService lets administrators find accounts.
+    """IdentityAdminService lets administrators find and change accounts.
     """
 
     @staticmethod
@@ -346,6 +365,109 @@ class IdentityAdminService:
             '/genmesh.identity.v1.IdentityAdminService/ListUsers',
             genmesh_dot_identity_dot_v1_dot_identity__pb2.ListUsersRequest.SerializeToString,
             genmesh_dot_identity_dot_v1_dot_identity__pb2.ListUsersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityAdminService/UpdateUser',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class MembershipServiceStub:
+    """MembershipService tells the other services of the mesh who has which plan. Internal.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListMembers = channel.unary_unary(
+                '/genmesh.identity.v1.MembershipService/ListMembers',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersResponse.FromString,
+                _registered_method=True)
+
+
+class MembershipServiceServicer:
+    """MembershipService tells the other services of the mesh who has which plan. Internal.
+    """
+
+    def ListMembers(self, request, context):
+        """ListMembers lists the accounts that are not disabled, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_MembershipServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListMembers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListMembers,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'genmesh.identity.v1.MembershipService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('genmesh.identity.v1.MembershipService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class MembershipService:
+    """MembershipService tells the other services of the mesh who has which plan. Internal.
+    """
+
+    @staticmethod
+    def ListMembers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.MembershipService/ListMembers',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -127,7 +127,7 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
 def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class IdentityAdminServiceStub:
-    """IdentityAdminService lets administrators find accounts."""
+    """IdentityAdminService lets administrators find and change accounts."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -135,17 +135,27 @@ class IdentityAdminServiceStub:
     def __new__(cls, channel: _aio.Channel) -> IdentityAdminServiceAsyncStub: ...
     ListUsers: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListUsersRequest, _identity_pb2.ListUsersResponse]
     """ListUsers lists accounts, newest first, optionally the one with a given e-mail address."""
+    UpdateUser: _grpc.UnaryUnaryMultiCallable[_identity_pb2.UpdateUserRequest, _identity_pb2.UpdateUserResponse]
+    """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
+    the life of an access token at the latest.
+    Errors: NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class IdentityAdminServiceAsyncStub(IdentityAdminServiceStub):
-    """IdentityAdminService lets administrators find accounts."""
+    """IdentityAdminService lets administrators find and change accounts."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListUsers: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListUsersRequest, _identity_pb2.ListUsersResponse]  # type: ignore[assignment]
     """ListUsers lists accounts, newest first, optionally the one with a given e-mail address."""
+    UpdateUser: _aio.UnaryUnaryMultiCallable[_identity_pb2.UpdateUserRequest, _identity_pb2.UpdateUserResponse]  # type: ignore[assignment]
+    """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
+    the life of an access token at the latest.
+    Errors: NOT_FOUND.
+    """
 
 class IdentityAdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """IdentityAdminService lets administrators find accounts."""
+    """IdentityAdminService lets administrators find and change accounts."""
 
     @_abc_1.abstractmethod
     def ListUsers(
@@ -155,4 +165,46 @@ class IdentityAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_identity_pb2.ListUsersResponse, _abc.Awaitable[_identity_pb2.ListUsersResponse]]:
         """ListUsers lists accounts, newest first, optionally the one with a given e-mail address."""
 
+    @_abc_1.abstractmethod
+    def UpdateUser(
+        self,
+        request: _identity_pb2.UpdateUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.UpdateUserResponse, _abc.Awaitable[_identity_pb2.UpdateUserResponse]]:
+        """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
+        the life of an access token at the latest.
+        Errors: NOT_FOUND.
+        """
+
 def add_IdentityAdminServiceServicer_to_server(servicer: IdentityAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class MembershipServiceStub:
+    """MembershipService tells the other services of the mesh who has which plan. Internal."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> MembershipServiceAsyncStub: ...
+    ListMembers: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListMembersRequest, _identity_pb2.ListMembersResponse]
+    """ListMembers lists the accounts that are not disabled, oldest first."""
+
+@_typing.type_check_only
+class MembershipServiceAsyncStub(MembershipServiceStub):
+    """MembershipService tells the other services of the mesh who has which plan. Internal."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ListMembers: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListMembersRequest, _identity_pb2.ListMembersResponse]  # type: ignore[assignment]
+    """ListMembers lists the accounts that are not disabled, oldest first."""
+
+class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
+    """MembershipService tells the other services of the mesh who has which plan. Internal."""
+
+    @_abc_1.abstractmethod
+    def ListMembers(
+        self,
+        request: _identity_pb2.ListMembersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.ListMembersResponse, _abc.Awaitable[_identity_pb2.ListMembersResponse]]:
+        """ListMembers lists the accounts that are not disabled, oldest first."""
+
+def add_MembershipServiceServicer_to_server(servicer: MembershipServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
