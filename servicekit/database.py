@@ -14,7 +14,8 @@ from typing import Any
 import asyncpg
 import grpc
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -26,16 +27,20 @@ RETRY_AFTER_S = 0.5
 MIGRATION_LOCK_POLL_S = 0.1
 
 
-def create_engine(settings: DatabaseSettings, *, schema: str, application: str) -> AsyncEngine:
-    """An engine whose connections use `schema` and end statements and idle transactions that take too long."""
+def create_engine(settings: DatabaseSettings, *, schema: str, application: str, autocommit: bool = False) -> AsyncEngine:
+    """An engine whose connections use `schema` and end statements and idle transactions that take too long.
+
+    `autocommit`: every statement is a transaction of its own, and `transaction` makes none.
+    """
     statement_ms = int(settings.database_statement_timeout_s * 1000)
-    return create_async_engine(
+    engine = create_async_engine(
         settings.database_url.get_secret_value(),
+        # Set once a connection: as an option of an engine or a connection it is set and taken back at every checkout.
+        **({"isolation_level": "AUTOCOMMIT"} if autocommit else {}),
         pool_size=settings.database_pool_size,
         max_overflow=0,
         pool_timeout=settings.database_pool_timeout_s,
-        # After a restart of PostgreSQL every pooled connection is dead; the first error drops them all (SQLAlchemy does
-        # that by itself), and callers retry on UNAVAILABLE. A ping before every transaction would cost a round trip.
+        # A ping before every transaction would cost a round trip; `_refuse_closed` sees the same in most cases.
         pool_pre_ping=False,
         connect_args={
             "timeout": CONNECT_TIMEOUT_S,
@@ -48,6 +53,14 @@ def create_engine(settings: DatabaseSettings, *, schema: str, application: str) 
             },
         },
     )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    return engine
+
+
+def _refuse_closed(adapted: Any, *_: Any) -> None:
+    """Have the pool replace a connection that was closed while it lay there: after a restart of PostgreSQL all of them are."""
+    if adapted.driver_connection.is_closed():
+        raise DisconnectionError
 
 
 @asynccontextmanager
@@ -65,11 +78,54 @@ async def transaction(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
 
 
 @asynccontextmanager
-async def reading(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
-    """A connection for queries that need no transaction around them: two round trips less than `transaction`."""
+async def autocommit(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """A connection on which every statement is a transaction of its own: two round trips less than `transaction`."""
     connection = await engine.connect()
     try:
-        yield await connection.execution_options(isolation_level="AUTOCOMMIT")
+        if not _pooled(connection).dbapi_connection.autocommit:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+        yield connection
+    finally:
+        await asyncio.shield(asyncio.ensure_future(connection.close()))
+
+
+reading = autocommit
+"""For queries that need no transaction around them."""
+
+
+async def fetch_row(connection: AsyncConnection, statement: str, *arguments: object) -> dict[str, Any]:
+    """The row of a statement ($1 …) that always has one and is a transaction of its own, on a connection in autocommit.
+
+    It is given to the driver as it is, in one round trip: what SQLAlchemy does for a statement and its result takes several times
+    the processor time. Raises the driver's errors, which `translate` knows.
+    """
+    pooled = _pooled(connection)
+    if not pooled.dbapi_connection.autocommit:
+        raise RuntimeError("the statement would not be part of the connection's transaction")
+    try:
+        return dict(await pooled.driver_connection.fetchrow(statement, *arguments))
+    except asyncpg.PostgresError:
+        raise  # the connection is as good as before, or closed, which the pool sees
+    except BaseException as error:
+        # Cancelled in the middle, for one: the next statement would find the connection busy.
+        await connection.invalidate(error)
+        raise
+
+
+def _pooled(connection: AsyncConnection) -> Any:
+    """What the pool lent. Not by `get_raw_connection`, which makes a greenlet for the case that it has to connect first."""
+    assert connection.sync_connection is not None
+    return connection.sync_connection.connection
+
+
+@asynccontextmanager
+async def snapshot(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
+    """A connection in a read-only transaction that sees the database as it was at its first query, for as long as it lasts."""
+    connection = await engine.connect()
+    try:
+        await connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        async with connection.begin():
+            yield connection
     finally:
         await asyncio.shield(asyncio.ensure_future(connection.close()))
 
@@ -89,14 +145,14 @@ def translate(error: Exception) -> MeshError | None:
             "the database is busy; try again",
             retry_after_s=RETRY_AFTER_S,
         )
-    if isinstance(error, (OperationalError, InterfaceError, OSError, TimeoutError, asyncpg.PostgresConnectionError)):
-        return unavailable("the database is out of reach right now", RETRY_AFTER_S)
-    if isinstance(error, DBAPIError):
-        cause = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    out_of_reach = isinstance(error, (OperationalError, InterfaceError, OSError, TimeoutError, asyncpg.InterfaceError))
+    if isinstance(error, (DBAPIError, asyncpg.PostgresError)):
+        origin = error.orig if isinstance(error, DBAPIError) else error
+        cause = getattr(origin, "sqlstate", None) or getattr(origin, "pgcode", None)
         # 08: connection; 40: serialization failure, deadlock; 53: out of resources; 57: shutdown, cancelled by time-out.
-        if error.connection_invalidated or (cause and str(cause)[:2] in ("08", "40", "53", "57")):
-            return unavailable("the database is out of reach right now", RETRY_AFTER_S)
-    return None
+        out_of_reach |= str(cause)[:2] in ("08", "40", "53", "57")
+        out_of_reach |= isinstance(error, DBAPIError) and error.connection_invalidated
+    return unavailable("the database is out of reach right now", RETRY_AFTER_S) if out_of_reach else None
 
 
 def migrate(settings: DatabaseSettings, *, package: str, schema: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -22,7 +23,8 @@ ReasonValue = errors_pb2.ErrorReason.ValueType
 class MeshError(Exception):
     """A refusal with a typed reason.
 
-    `violations` are (field path, description) pairs and become a BadRequest; `retry_after_s` becomes a RetryInfo.
+    `violations` are (field path, description) pairs and become a BadRequest; `quota` are (subject, description) pairs and become a
+    QuotaFailure; `retry_after_s` becomes a RetryInfo.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class MeshError(Exception):
         *,
         metadata: Mapping[str, str] | None = None,
         violations: Iterable[tuple[str, str]] = (),
+        quota: Iterable[tuple[str, str]] = (),
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
@@ -41,13 +44,14 @@ class MeshError(Exception):
         self.message = message
         self.metadata = dict(metadata or {})
         self.violations = tuple(violations)
+        self.quota = tuple(quota)
         self.retry_after_s = retry_after_s
 
     def to_status(self) -> status_pb2.Status:
         """The google.rpc.Status that clients see."""
         details: list[any_pb2.Any] = []
 
-        def add(message: error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> None:
+        def add(message: Message) -> None:
             packed = any_pb2.Any()
             packed.Pack(message)
             details.append(packed)
@@ -59,6 +63,15 @@ class MeshError(Exception):
                     field_violations=[
                         error_details_pb2.BadRequest.FieldViolation(field=field, description=description)
                         for field, description in self.violations
+                    ]
+                )
+            )
+        if self.quota:
+            add(
+                error_details_pb2.QuotaFailure(
+                    violations=[
+                        error_details_pb2.QuotaFailure.Violation(subject=subject, description=description)
+                        for subject, description in self.quota
                     ]
                 )
             )
@@ -107,20 +120,26 @@ def permission_denied(message: str, reason: ReasonValue = Reason.ERROR_REASON_PE
 def from_rpc_error(error: grpc.aio.AioRpcError) -> MeshError:
     """What another service of the mesh refused, as an error of ours.
 
-    A reason of the domain `genmesh` is kept, with its metadata and time to retry. Field violations are not: they name fields
-    of a request that our caller never saw. What has no reason (connection lost, deadline, INTERNAL) becomes UNAVAILABLE, so
+    A reason of the domain `genmesh` is kept, with its metadata, quota and time to retry. Field violations are not: they name
+    fields of a request that our caller never saw. What has no reason (connection lost, deadline, INTERNAL) becomes UNAVAILABLE, so
     that the caller's caller may try again.
     """
     status = rpc_status.from_call(error)  # pyright: ignore[reportArgumentType]  # AioRpcError has the same accessors as a Call
-    known = unavailable("a service of the mesh is out of reach")
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    known: MeshError | None = None
+    info, retry, quota = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), error_details_pb2.QuotaFailure()
     for detail in status.details if status else ():
         if detail.Is(retry.DESCRIPTOR):
             detail.Unpack(retry)
+        elif detail.Is(quota.DESCRIPTOR):
+            detail.Unpack(quota)
         elif detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.keys():  # noqa: SIM118
             reason = Reason.Value(info.reason)
             if reason != Reason.ERROR_REASON_INTERNAL:
                 known = MeshError(error.code(), reason, error.details() or "", metadata=info.metadata)
+    if known is None:
+        known = unavailable("a service of the mesh is out of reach")
+    else:
+        known.quota = tuple((violation.subject, violation.description) for violation in quota.violations)
     if retry.HasField("retry_delay"):
         known.retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
     return known

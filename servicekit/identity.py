@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import hashlib
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Principal:
     plan: str = ""
     expire_time: float | None = None
     service: str | None = None
+    api_key_id: str | None = None
+    """The API key that the token was made for, a UUID in its usual form; None: the user signed in."""
 
     @property
     def is_admin(self) -> bool:
@@ -67,6 +70,12 @@ def current_user_id() -> str:
     if user_id is None:
         raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "sign in first: this call needs an access token")
     return user_id
+
+
+def check_token_lives(expire_time: float | None) -> None:
+    """For streams, which may outlive the access token they were opened with: raises UNAUTHENTICATED (TOKEN_EXPIRED) once that has ended."""
+    if expire_time is not None and time.time() >= expire_time:
+        raise unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token expired; resume the watch with a new one")
 
 
 class KeySource(Protocol):
@@ -165,7 +174,17 @@ class TokenVerifier:
             roles=frozenset(str(role) for role in claims.get("roles", ())),
             plan=str(claims.get("plan", "")),
             expire_time=float(claims["exp"]),
+            api_key_id=_api_key_id(claims.get("api_key_id")),
         )
+
+
+def _api_key_id(claim: Any) -> str | None:
+    if claim is None:
+        return None
+    try:
+        return str(uuid.UUID(claim if isinstance(claim, str) else ""))
+    except ValueError:
+        raise unauthenticated(Reason.ERROR_REASON_TOKEN_INVALID, "the access token names no API key") from None
 
 
 def peer_service(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:

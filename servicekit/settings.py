@@ -107,6 +107,7 @@ def load(settings: type[S]) -> S:
         return settings()
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False):
-            variable = "GENMESH_" + "_".join(str(part) for part in problem["loc"]).upper()
+            # A rule about several variables has no place of its own, and names them itself.
+            variable = "_".join(("GENMESH", *(str(part).upper() for part in problem["loc"]))) if problem["loc"] else "settings"
             print(f"{variable}: {problem['msg']}", file=sys.stderr)
         sys.exit(EXIT_CONFIGURATION)

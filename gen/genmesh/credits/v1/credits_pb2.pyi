@@ -1089,7 +1089,7 @@ class ReserveCreditsRequest(_message.Message):
     job_id: _builtins.str
     """The job it is for; empty: the one whose id is `reservation_id`."""
     model: _builtins.str
-    """The model that the job runs on, for the owner's entries."""
+    """The model that the job runs on, for the owner's entries. Not part of what makes a repeat the same."""
     api_key_id: _builtins.str
     """The API key that the job was submitted with, whose ceiling counts beside that of the account; empty: none."""
     @_builtins.property

@@ -96,7 +96,9 @@ class CreditsServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetKeyCeiling(self, request, context):
-        """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds.
+        """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds. Who is signed in
+        with an API key cannot: a key does not lift its own bounds.
+        Errors: PERMISSION_DENIED, RESOURCE_EXHAUSTED (LIMIT_REACHED: too many keys have one).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,10 @@ class CreditsServiceStub:
     ListCeilings: _grpc.UnaryUnaryMultiCallable[_credits_pb2.ListCeilingsRequest, _credits_pb2.ListCeilingsResponse]
     """ListCeilings lists the caller's ceilings and how much of them is spent: that of the account, then those of API keys."""
     SetKeyCeiling: _grpc.UnaryUnaryMultiCallable[_credits_pb2.SetKeyCeilingRequest, _credits_pb2.SetKeyCeilingResponse]
-    """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds."""
+    """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds. Who is signed in
+    with an API key cannot: a key does not lift its own bounds.
+    Errors: PERMISSION_DENIED, RESOURCE_EXHAUSTED (LIMIT_REACHED: too many keys have one).
+    """
 
 @_typing.type_check_only
 class CreditsServiceAsyncStub(CreditsServiceStub):
@@ -64,7 +67,10 @@ class CreditsServiceAsyncStub(CreditsServiceStub):
     ListCeilings: _aio.UnaryUnaryMultiCallable[_credits_pb2.ListCeilingsRequest, _credits_pb2.ListCeilingsResponse]  # type: ignore[assignment]
     """ListCeilings lists the caller's ceilings and how much of them is spent: that of the account, then those of API keys."""
     SetKeyCeiling: _aio.UnaryUnaryMultiCallable[_credits_pb2.SetKeyCeilingRequest, _credits_pb2.SetKeyCeilingResponse]  # type: ignore[assignment]
-    """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds."""
+    """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds. Who is signed in
+    with an API key cannot: a key does not lift its own bounds.
+    Errors: PERMISSION_DENIED, RESOURCE_EXHAUSTED (LIMIT_REACHED: too many keys have one).
+    """
 
 class CreditsServiceServicer(metaclass=_abc_1.ABCMeta):
     """CreditsService shows users their own credits."""
@@ -109,7 +115,10 @@ class CreditsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _credits_pb2.SetKeyCeilingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_credits_pb2.SetKeyCeilingResponse, _abc.Awaitable[_credits_pb2.SetKeyCeilingResponse]]:
-        """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds."""
+        """SetKeyCeiling bounds what one of the caller's API keys may spend a day and a month, or lifts the bounds. Who is signed in
+        with an API key cannot: a key does not lift its own bounds.
+        Errors: PERMISSION_DENIED, RESOURCE_EXHAUSTED (LIMIT_REACHED: too many keys have one).
+        """
 
 def add_CreditsServiceServicer_to_server(servicer: CreditsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
