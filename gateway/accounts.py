@@ -23,6 +23,8 @@ from servicekit.identity import ROLE_ADMIN
 
 PAGES_OF = b"users"
 """What page tokens of the list of accounts belong to."""
+PAGES_OF_MEMBERS = b"members"
+"""The same of the list of members."""
 
 _log = structlog.get_logger(__name__)
 
@@ -50,7 +52,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some accounts, newest first; `next_page_token` is empty on the last page."""
+    """Some accounts, in the order of their list; `next_page_token` is empty on the last page."""
 
     accounts: list[Account]
     next_page_token: str
@@ -185,12 +187,37 @@ class Accounts:
                 account = await store.get_user_by_email(connection, identity.canonical_email(email))
                 return Page([account] if account else [], "")
             accounts = await store.list_users(connection, before=uuid.UUID(bytes=before) if before else None, limit=limit + 1)
-        more = len(accounts) > limit
-        accounts = accounts[:limit]
-        return Page(accounts, paging.encode_token(accounts[-1].user_id.bytes, PAGES_OF) if more else "")
+        return _page(accounts, limit, PAGES_OF)
+
+    async def member_page(self, *, page_size: int, page_token: str) -> Page:
+        """A page of the accounts that are not disabled, oldest first."""
+        limit = paging.page_limit(page_size)
+        after = paging.decode_token(page_token, PAGES_OF_MEMBERS)
+        async with transaction(self._engine) as connection:
+            accounts = await store.list_enabled_users(connection, after=uuid.UUID(bytes=after) if after else None, limit=limit + 1)
+        return _page(accounts, limit, PAGES_OF_MEMBERS)
+
+    async def update(self, user_id: uuid.UUID, *, actor_id: str, plan: str | None) -> Account:
+        """Change what is not None; a plan that the account has already goes on from where it started. Raises NOT_FOUND."""
+        async with transaction(self._engine) as connection:
+            account = await store.lock_user(connection, user_id)
+            if account is None:
+                raise not_found("account")
+            if plan is None or plan == account.plan:
+                return account
+            changed = await store.start_plan(connection, user_id, plan)
+        _log.info("account.plan_changed", user_id=str(user_id), actor_id=actor_id, before=account.plan, plan=changed.plan)
+        return changed
 
     def _tokens(self, account: Account, refresh_token: str) -> Tokens:
         now = datetime.now(UTC).replace(microsecond=0)  # a JWT counts in seconds
         policy = self._policy
         claims = identity.access_claims(account, issuer=policy.issuer, audience=policy.audience, issued_at=now, ttl=policy.access_token_ttl)
         return Tokens(account, self._keys.sign(claims), now + policy.access_token_ttl, refresh_token)
+
+
+def _page(accounts: list[Account], limit: int, pages_of: bytes) -> Page:
+    """The page of a list of which up to `limit` + 1 accounts were read."""
+    more = len(accounts) > limit
+    accounts = accounts[:limit]
+    return Page(accounts, paging.encode_token(accounts[-1].user_id.bytes, pages_of) if more else "")

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from gateway import store
 from gateway.accounts import Accounts, TokenPolicy
 from gateway.passwords import Passwords
-from gateway.servicer import IdentityAdminServicer, IdentityServicer
+from gateway.servicer import IdentityAdminServicer, IdentityServicer, MembershipServicer
 from gateway.settings import GatewaySettings
 from gateway.tokens import JWKS_PATH, SigningKeys
 from genmesh.identity.v1 import identity_pb2_grpc
@@ -24,7 +24,11 @@ from servicekit.tls import TlsFiles
 
 SERVICE = "gateway"
 SCHEMA = "gateway"
-SERVICE_NAMES = ("genmesh.identity.v1.IdentityService", "genmesh.identity.v1.IdentityAdminService")
+SERVICE_NAMES = (
+    "genmesh.identity.v1.IdentityService",
+    "genmesh.identity.v1.IdentityAdminService",
+    "genmesh.identity.v1.MembershipService",
+)
 SWEEP_INTERVAL_S = 300.0
 SWEEP_BATCH_ROWS = 1000
 
@@ -79,6 +83,7 @@ def build_server(settings: GatewaySettings, deps: Dependencies) -> MeshServer:
     accounts = build_accounts(settings, deps)
     identity_pb2_grpc.add_IdentityServiceServicer_to_server(IdentityServicer(accounts), server.grpc)
     identity_pb2_grpc.add_IdentityAdminServiceServicer_to_server(IdentityAdminServicer(accounts), server.grpc)
+    identity_pb2_grpc.add_MembershipServiceServicer_to_server(MembershipServicer(accounts), server.grpc)
     return server
 
 

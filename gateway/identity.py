@@ -29,6 +29,7 @@ class Account:
     display_name: str
     roles: tuple[str, ...]
     plan: str
+    plan_start_time: datetime
     disabled: bool
     create_time: datetime
 

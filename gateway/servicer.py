@@ -1,4 +1,4 @@
-"""IdentityService and IdentityAdminService: messages to domain calls and back."""
+"""IdentityService, IdentityAdminService and MembershipService: messages to domain calls and back."""
 
 import uuid
 from datetime import datetime
@@ -91,3 +91,29 @@ class IdentityAdminServicer(identity_pb2_grpc.IdentityAdminServiceServicer):
         """See the proto."""
         page = await self._accounts.list_page(page_size=request.page_size, page_token=request.page_token, email=request.email)
         return identity_pb2.ListUsersResponse(users=map(user_message, page.accounts), next_page_token=page.next_page_token)
+
+    async def UpdateUser(self, request: identity_pb2.UpdateUserRequest, context: Context) -> identity_pb2.UpdateUserResponse:
+        """See the proto."""
+        plan = identity_pb2.Plan.Name(request.plan) if request.HasField("plan") else None
+        account = await self._accounts.update(uuid.UUID(request.user_id), actor_id=current_user_id(), plan=plan)
+        return identity_pb2.UpdateUserResponse(user=user_message(account))
+
+
+class MembershipServicer(identity_pb2_grpc.MembershipServiceServicer):
+    """See MembershipService in the proto."""
+
+    def __init__(self, accounts: Accounts) -> None:
+        self._accounts = accounts
+
+    async def ListMembers(self, request: identity_pb2.ListMembersRequest, context: Context) -> identity_pb2.ListMembersResponse:
+        """See the proto."""
+        page = await self._accounts.member_page(page_size=request.page_size, page_token=request.page_token)
+        return identity_pb2.ListMembersResponse(members=map(_member, page.accounts), next_page_token=page.next_page_token)
+
+
+def _member(account: Account) -> identity_pb2.Member:
+    return identity_pb2.Member(
+        user_id=str(account.user_id),
+        plan=identity_pb2.Plan.Value(account.plan),
+        plan_start_time=_timestamp(account.plan_start_time),
+    )

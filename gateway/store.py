@@ -24,6 +24,7 @@ def _account(row: sa.Row[Any]) -> Account:
         display_name=row.display_name,
         roles=tuple(row.roles),
         plan=row.plan,
+        plan_start_time=row.plan_start_time,
         disabled=row.disabled_time is not None,
         create_time=row.create_time,
     )
@@ -58,6 +59,19 @@ async def get_user_by_email(connection: AsyncConnection, email: str) -> Account 
     return _account(row) if row else None
 
 
+async def lock_user(connection: AsyncConnection, user_id: uuid.UUID) -> Account | None:
+    """The account with this id, which nobody else changes until the transaction ends."""
+    # key_share: sessions of the account, which refer to its id, can be made meanwhile.
+    row = (await connection.execute(users.select().where(users.c.user_id == user_id).with_for_update(key_share=True))).one_or_none()
+    return _account(row) if row else None
+
+
+async def start_plan(connection: AsyncConnection, user_id: uuid.UUID, plan: str) -> Account:
+    """Give an account that there is another plan, from now on."""
+    changed = users.update().where(users.c.user_id == user_id).values(plan=plan, plan_start_time=sa.func.clock_timestamp()).returning(users)
+    return _account((await connection.execute(changed)).one())
+
+
 async def get_password(connection: AsyncConnection, email: str) -> tuple[Account, str] | None:
     """The account with this address (canonical form) and its password hash."""
     query = sa.select(users, passwords.c.hash).join(passwords, passwords.c.user_id == users.c.user_id).where(users.c.email == email)
@@ -75,6 +89,14 @@ async def list_users(connection: AsyncConnection, *, before: uuid.UUID | None, l
     query = users.select().order_by(users.c.user_id.desc()).limit(limit)
     if before is not None:
         query = query.where(users.c.user_id < before)
+    return [_account(row) for row in await connection.execute(query)]
+
+
+async def list_enabled_users(connection: AsyncConnection, *, after: uuid.UUID | None, limit: int) -> list[Account]:
+    """Accounts that are not disabled, from oldest to newest, those made after the account `after`."""
+    query = users.select().where(users.c.disabled_time.is_(None)).order_by(users.c.user_id).limit(limit)
+    if after is not None:
+        query = query.where(users.c.user_id > after)
     return [_account(row) for row in await connection.execute(query)]
 
 

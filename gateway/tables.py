@@ -16,6 +16,7 @@ users = sa.Table(
     sa.Column("plan", sa.Text, nullable=False),
     sa.Column("disabled_time", sa.TIMESTAMP(timezone=True)),
     sa.Column("create_time", sa.TIMESTAMP(timezone=True), nullable=False, server_default=sa.func.now()),
+    sa.Column("plan_start_time", sa.TIMESTAMP(timezone=True), nullable=False, server_default=sa.func.now()),
     sa.CheckConstraint("email = lower(email)", name="users_email_lower"),
     sa.CheckConstraint("plan IN ('PLAN_FREE', 'PLAN_PRO')", name="users_plan"),
 )

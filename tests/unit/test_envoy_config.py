@@ -108,6 +108,10 @@ def test_exactly_the_public_methods_need_no_token(parsed: dict[str, Any]) -> Non
         ("POST", "/v1/users"),
         ("POST", "/v1/sessions"),
         ("POST", "/v1/sessions:refresh"),
+        ("any", "/genmesh.credits.v1.PaymentsService/ListPrices"),
+        ("any", "/genmesh.credits.v1.PaymentsService/ReceivePaymentEvent"),
+        ("GET", "/v1/prices"),
+        ("POST", "/v1/payments:notify"),
     }
 
 
@@ -212,6 +216,12 @@ def test_addresses_and_names(parsed: dict[str, Any]) -> None:
 def test_a_setting_stays_in_its_place(issuer: str) -> None:
     [provider] = http_filter(config(token_issuer=issuer), "jwt_authn")["providers"].values()
     assert provider["issuer"] == issuer
+
+
+def test_browsers_may_use_every_http_method_of_the_contract(parsed: dict[str, Any]) -> None:
+    policy = manager(parsed)["route_config"]["virtual_hosts"][0]["typed_per_filter_config"][f"{FILTERS}cors"]
+    used = {binding.http_method for method in public_methods(settings().descriptors) for binding in method.bindings}
+    assert set(policy["allow_methods"].split(", ")) == used | {"OPTIONS"}
 
 
 def test_without_origins_nobody_is_allowed() -> None:

@@ -87,6 +87,39 @@ def test_the_time_to_retry_survives_the_way_back() -> None:
     assert from_rpc_error(rpc_error(sent.to_status(), sent.code, sent.message)).retry_after_s == 2.5
 
 
+def ceiling() -> MeshError:
+    return MeshError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.ERROR_REASON_CEILING_REACHED,
+        "no room",
+        metadata={"period": "day"},
+        quota=[("user:ann", "100 a day"), ("api_key:one", "10 a day")],
+        retry_after_s=31 * 24 * 3600,
+    )
+
+
+def test_quota_becomes_a_quota_failure() -> None:
+    details = unpack(ceiling().to_status())
+    assert set(details) == {"google.rpc.ErrorInfo", "google.rpc.QuotaFailure", "google.rpc.RetryInfo"}
+    failure = error_details_pb2.QuotaFailure()
+    assert details["google.rpc.QuotaFailure"].Unpack(failure)
+    assert [(v.subject, v.description) for v in failure.violations] == [("user:ann", "100 a day"), ("api_key:one", "10 a day")]
+
+
+def test_a_refusal_for_a_quota_survives_the_way_back_whole() -> None:
+    sent = ceiling().to_status()
+    assert from_rpc_error(rpc_error(sent, grpc.StatusCode.RESOURCE_EXHAUSTED, sent.message)).to_status() == sent
+
+
+def test_a_quota_of_somebody_else_is_not_passed_on() -> None:
+    status = status_with("QUOTA", "example.com", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    status.details.add().Pack(
+        error_details_pb2.QuotaFailure(violations=[error_details_pb2.QuotaFailure.Violation(subject="s", description="secret")])
+    )
+    received = from_rpc_error(rpc_error(status, grpc.StatusCode.RESOURCE_EXHAUSTED, "secret text"))
+    assert (received.code, received.quota) == (grpc.StatusCode.UNAVAILABLE, ())
+
+
 def test_fields_of_a_request_the_caller_never_saw_are_not_passed_on() -> None:
     sent = errors.invalid("reservation_id", "must be a UUID")
     assert from_rpc_error(rpc_error(sent.to_status(), sent.code, sent.message)).violations == ()

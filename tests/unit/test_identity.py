@@ -25,6 +25,7 @@ def account(*, disabled: bool = False, roles: tuple[str, ...] = ()) -> Account:
         display_name="Ann",
         roles=roles,
         plan=identity.PLAN_FREE,
+        plan_start_time=datetime(2026, 1, 1, tzinfo=UTC),
         disabled=disabled,
         create_time=datetime(2026, 1, 1, tzinfo=UTC),
     )

@@ -55,8 +55,8 @@ class CountingKeys:
         return jwt.PyJWK.from_dict(JWK) if key_id == "known" else None
 
 
-def token(subject: str, expire_time: float) -> str:
-    claims = {"iss": "i", "aud": "a", "sub": subject, "iat": int(expire_time) - 900, "exp": int(expire_time)}
+def token(subject: str, expire_time: float, **more: Any) -> str:
+    claims = {"iss": "i", "aud": "a", "sub": subject, "iat": int(expire_time) - 900, "exp": int(expire_time), **more}
     return jwt.encode(claims, KEY, algorithm="EdDSA", headers={"kid": "known"})
 
 
@@ -83,6 +83,30 @@ async def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.M
     assert keys.asked == 3
     await verifier.verify(ben)  # the one not used for longest was dropped
     assert keys.asked == 4
+
+
+@pytest.mark.parametrize(
+    ("claims", "api_key_id"),
+    [
+        ({}, None),
+        ({"api_key_id": None}, None),
+        ({"api_key_id": "0a6b2f0e-6f5e-4d8a-9b1c-3f2e1d0c9b8a"}, "0a6b2f0e-6f5e-4d8a-9b1c-3f2e1d0c9b8a"),
+        ({"api_key_id": "0A6B2F0E6F5E4D8A9B1C3F2E1D0C9B8A"}, "0a6b2f0e-6f5e-4d8a-9b1c-3f2e1d0c9b8a"),
+    ],
+    ids=["signed in", "null", "a key", "the same key in other letters"],
+)
+async def test_a_token_says_which_api_key_it_was_made_for(clock: Clock, claims: dict[str, Any], api_key_id: str | None) -> None:
+    verifier = TokenVerifier(CountingKeys(), issuer="i", audience="a")
+    assert (await verifier.verify(token("ann", clock.now + 60, **claims))).api_key_id == api_key_id
+
+
+@pytest.mark.parametrize("claim", ["", "mine", 5, 0, False, ["0a6b2f0e-6f5e-4d8a-9b1c-3f2e1d0c9b8a"], {}])
+async def test_a_token_whose_key_is_no_key_is_refused_each_time(clock: Clock, claim: Any) -> None:
+    verifier = TokenVerifier(CountingKeys(), issuer="i", audience="a")
+    for _ in range(2):
+        with pytest.raises(MeshError) as raised:
+            await verifier.verify(token("ann", clock.now + 60, api_key_id=claim))
+        assert raised.value.reason == Reason.ERROR_REASON_TOKEN_INVALID
 
 
 class Gateway:

@@ -40,6 +40,9 @@ class Gateway:
     accounts: Accounts
     users: "identity_pb2_grpc.IdentityServiceAsyncStub"
     admin: "identity_pb2_grpc.IdentityAdminServiceAsyncStub"
+    members: "identity_pb2_grpc.MembershipServiceAsyncStub"
+    """As credit_service calls it."""
+    port: int
     jwks_url: str
 
 
@@ -84,7 +87,9 @@ async def start_gateway(database_url: str, certificates: Path, tmp_path_factory:
             deps = app.Dependencies(engine, SigningKeys.open(read.signing_keys_dir), passwords)
             jwks = stack.enter_context(app.build_jwks_server(read, deps.keys))
             server = await stack.enter_async_context(app.build_server(read, deps).running(*app.SERVICE_NAMES))
-            channel = await stack.enter_async_context(mesh_channel(read, f"127.0.0.1:{server.port}", caller="envoy", service="gateway"))
+            address = f"127.0.0.1:{server.port}"
+            channel = await stack.enter_async_context(mesh_channel(read, address, caller="envoy", service="gateway"))
+            credits = await stack.enter_async_context(mesh_channel(read, address, caller="credit_service", service="gateway"))
             return Gateway(
                 settings=read,
                 engine=engine,
@@ -92,6 +97,8 @@ async def start_gateway(database_url: str, certificates: Path, tmp_path_factory:
                 accounts=app.build_accounts(read, deps),
                 users=identity_pb2_grpc.IdentityServiceStub(channel),
                 admin=identity_pb2_grpc.IdentityAdminServiceStub(channel),
+                members=identity_pb2_grpc.MembershipServiceStub(credits),
+                port=server.port,
                 jwks_url=f"https://127.0.0.1:{jwks.port}{JWKS_PATH}",
             )
 
