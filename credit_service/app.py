@@ -1,18 +1,27 @@
 """Wiring of credit_service: which parts there are and how they live together."""
 
 import asyncio
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
+from dataclasses import dataclass, field
+from uuid import UUID
 
 import prometheus_client
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from credit_service import store
+from credit_service.balances import BalanceFeed
+from credit_service.payments import PaymentProvider
+from credit_service.payments_servicer import PaymentsServicer
+from credit_service.plans import PlanGrants
+from credit_service.prices import PriceTable, load_prices
 from credit_service.servicer import CreditsServicer, LedgerAdminServicer, LedgerServicer
 from credit_service.settings import CreditSettings
 from credit_service.tables import SCHEMA
-from genmesh.credits.v1 import credits_pb2_grpc
+from genmesh.credits.v1 import credits_pb2_grpc, payments_pb2_grpc
 from servicekit import database
+from servicekit.client import mesh_channel
 from servicekit.identity import KeySource, RemoteKeys, TokenVerifier
 from servicekit.process import until_stopped
 from servicekit.server import MeshServer
@@ -25,10 +34,12 @@ GRPC_SERVICES = (
     "genmesh.credits.v1.CreditsService",
     "genmesh.credits.v1.LedgerAdminService",
     "genmesh.credits.v1.LedgerService",
+    "genmesh.credits.v1.PaymentsService",
 )
 EXPIRE_BATCH = 100
-"""Holds expired by one statement: their accounts stay locked until it ends."""
+"""Holds expired, or accounts with lapses, by one statement: accounts stay locked until it ends."""
 
+LAPSED = prometheus_client.Counter("genmesh_lapses_total", "Accounts that lost promotional credits because their time was over")
 EXPIRED = prometheus_client.Counter("genmesh_reservations_expired_total", "Holds given back because their time was over")
 
 _log = structlog.get_logger(__name__)
@@ -40,36 +51,78 @@ def create_engine(settings: DatabaseSettings) -> AsyncEngine:
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def build_server(settings: CreditSettings, *, engine: AsyncEngine, keys: KeySource) -> MeshServer:
+@dataclass(frozen=True, slots=True)
+class Dependencies:
+    """What the server needs and its caller opens, runs and closes."""
+
+    engine: AsyncEngine
+    keys: KeySource
+    feed: BalanceFeed
+    prices: PriceTable = field(default_factory=lambda: load_prices(None))
+    payments: PaymentProvider | None = None
+
+
+def build_payments(settings: CreditSettings) -> AbstractContextManager[PaymentProvider | None]:
+    """The payment provider of the settings, None where there is none."""
+    secret_key, webhook_secret = settings.stripe_secret_key, settings.stripe_webhook_secret
+    if (
+        settings.payment_provider == "none" or secret_key is None or webhook_secret is None
+    ):  # settings with one and not the others are refused
+        return nullcontext()
+    # Only those who use it wait for the library to load.
+    from credit_service.stripe_payments import StripePayments
+
+    return StripePayments(
+        secret_key=secret_key.get_secret_value(),
+        webhook_secret=webhook_secret.get_secret_value(),
+        return_url=settings.payment_return_url,
+        api_url=settings.stripe_api_url,
+    )
+
+
+def build_server(settings: CreditSettings, deps: Dependencies) -> MeshServer:
     """The server with all servicers registered; enter `running(*GRPC_SERVICES)`."""
+    engine, feed = deps.engine, deps.feed
     server = MeshServer(
         settings,
         service=SERVICE,
-        verifier=TokenVerifier(keys, issuer=settings.token_issuer, audience=settings.token_audience),
+        verifier=TokenVerifier(deps.keys, issuer=settings.token_issuer, audience=settings.token_audience),
         checks={"database": lambda: database.ping(engine)},
         translate=database.translate,
     )
-    credits_pb2_grpc.add_CreditsServiceServicer_to_server(CreditsServicer(engine), server.grpc)
-    credits_pb2_grpc.add_LedgerAdminServiceServicer_to_server(LedgerAdminServicer(engine), server.grpc)
-    credits_pb2_grpc.add_LedgerServiceServicer_to_server(LedgerServicer(engine), server.grpc)
+    credits_pb2_grpc.add_CreditsServiceServicer_to_server(CreditsServicer(engine, feed), server.grpc)
+    credits_pb2_grpc.add_LedgerAdminServiceServicer_to_server(LedgerAdminServicer(engine, feed), server.grpc)
+    credits_pb2_grpc.add_LedgerServiceServicer_to_server(LedgerServicer(engine, feed), server.grpc)
+    payments = PaymentsServicer(engine, deps.prices, deps.payments, feed.changed)
+    payments_pb2_grpc.add_PaymentsServiceServicer_to_server(payments, server.grpc)
     return server
 
 
-async def expire_holds(engine: AsyncEngine, *, interval_s: float) -> None:
-    """Give overdue holds back, for ever. A database that is away is waited for; any other error ends it."""
+async def sweep(engine: AsyncEngine, feed: BalanceFeed, *, interval_s: float) -> None:
+    """Give overdue holds back and let promotional credits lapse, for ever.
+
+    A database that is away is waited for; any other error ends it.
+    """
     while True:
-        expired = 0
+        expired: Sequence[UUID] = ()
+        lapsed: Sequence[UUID] = ()
         try:
-            async with database.transaction(engine) as connection:
+            async with database.reading(engine) as connection:  # each of the two is a transaction of its own
                 expired = await store.expire_due(connection, limit=EXPIRE_BATCH)
+                lapsed = await store.lapse_due(connection, limit=EXPIRE_BATCH)
         except Exception as error:
             if database.translate(error) is None:
                 raise
-            _log.warning("holds.expiry_failed", error=repr(error))
+            _log.warning("sweep.failed", error=repr(error))
+        for user_id in {*expired, *lapsed}:
+            feed.changed(user_id)
         if expired:
-            EXPIRED.inc(expired)
-            _log.info("holds.expired", count=expired)
-        if expired < EXPIRE_BATCH:
+            EXPIRED.inc(len(expired))
+            _log.info("holds.expired", count=len(expired))
+        if lapsed:
+            LAPSED.inc(len(lapsed))
+            _log.info("credits.lapsed", accounts=len(lapsed))
+        if max(len(expired), len(lapsed)) < EXPIRE_BATCH:
             await asyncio.sleep(interval_s)
 
 
@@ -79,6 +132,28 @@ async def serve(settings: CreditSettings, stop: asyncio.Event) -> None:
         stack.enter_context(HttpServer(settings.metrics_address, {"/metrics": metrics_page}))
         engine = create_engine(settings)
         stack.push_async_callback(engine.dispose)
+        feed = BalanceFeed(engine)
+        prices = load_prices(settings.prices_file)
+        payments = stack.enter_context(build_payments(settings))
         keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))
-        await stack.enter_async_context(build_server(settings, engine=engine, keys=keys).running(*GRPC_SERVICES))
-        await until_stopped(stop, expire_holds(engine, interval_s=settings.hold_expiry_interval_s))
+        server = build_server(settings, Dependencies(engine, keys, feed, prices, payments))
+
+        async def drain() -> None:
+            await server.draining.wait()
+            feed.drain()
+
+        stack.callback(asyncio.create_task(drain(), name="drain").cancel)
+        for_ever = [feed.run(), sweep(engine, feed, interval_s=settings.hold_expiry_interval_s)]
+        if settings.plan_grant_interval_s > 0:
+            gateway = await stack.enter_async_context(mesh_channel(settings, settings.gateway_address, caller=SERVICE, service="gateway"))
+            plans = PlanGrants(
+                engine,
+                gateway,
+                prices,
+                interval_s=settings.plan_grant_interval_s,
+                timeout_s=settings.rpc_timeout_s,
+                changed=feed.changed,
+            )
+            for_ever.append(plans.run())
+        async with server.running(*GRPC_SERVICES):
+            await until_stopped(stop, *for_ever)

@@ -3,9 +3,10 @@
 Moving credits is done by the stored functions in PostgreSQL (`migrations/`), reached through `store`.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from uuid import UUID
 
@@ -15,6 +16,10 @@ from servicekit import paging
 from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unauthenticated
 
 _ENTRY_ID_BYTES = 8
+INT64_MAX = 2**63 - 1
+
+KEY_CEILINGS_MAX = 100
+"""Ceilings of API keys that one user can have."""
 
 
 class Outcome(StrEnum):
@@ -25,6 +30,9 @@ class Outcome(StrEnum):
     REUSED = "reused"
     INSUFFICIENT = "insufficient"
     AMOUNT_OUT_OF_RANGE = "amount_out_of_range"
+    EXPIRE_TIME_PASSED = "expire_time_passed"
+    CEILING = "ceiling"
+    TOO_MANY = "too_many"
     CAPTURED = "captured"
     RELEASED = "released"
     EXPIRED = "expired"
@@ -38,6 +46,11 @@ class Kind(StrEnum):
     CAPTURE = "capture"
     RELEASE = "release"
     EXPIRE = "expire"
+    CLAWBACK = "clawback"
+    LAPSE = "lapse"
+    PLAN_GRANT = "plan_grant"
+    TOP_UP = "top_up"
+    REFUND = "refund"
 
 
 class Account(StrEnum):
@@ -58,10 +71,58 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """What a user has."""
+    """What a user has. `promotional` is the part of `available` that expires, the first of it at `next_expire_time`.
+
+    `version` grows with every event on the account.
+    """
 
     available_millicredits: int
     reserved_millicredits: int
+    promotional_millicredits: int = 0
+    next_expire_time: datetime | None = None
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """Credits that expire together."""
+
+    available_millicredits: int
+    reserved_millicredits: int
+    expire_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What an account, or one of its API keys, may spend a day and a month (UTC), and has spent or held of it."""
+
+    api_key_id: UUID | None
+    daily_millicredits: int | None
+    monthly_millicredits: int | None
+    spent_today_millicredits: int
+    spent_this_month_millicredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenCeiling:
+    """The ceiling that leaves no room for an amount, until it starts anew."""
+
+    api_key_id: UUID | None
+    period: str
+    """`day` or `month`."""
+    ceiling_millicredits: int
+    spent_millicredits: int
+    reset_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptLine:
+    """One thing that was paid for."""
+
+    description: str
+    quantity: int
+    unit: str
+    amount_millicredits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +137,7 @@ class Reservation:
     captured_millicredits: int
     expire_time: datetime
     create_time: datetime
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,48 +152,119 @@ class Entry:
     job_id: UUID | None
     reason: str | None
     create_time: datetime
+    model: str = ""
+    lines: tuple[ReceiptLine, ...] = ()
+    expire_time: datetime | None = None
+    top_up_id: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GrantAnswer:
-    """What the ledger says to a grant: an outcome and, where it is OK, the balance after it."""
+    """What the ledger says to a grant or a clawback: an outcome and, where it is OK, the balance after it.
+
+    `available_millicredits` only where they did not suffice.
+    """
 
     outcome: Outcome
     balance: Balance | None
+    available_millicredits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ReservationAnswer:
-    """What the ledger says to an operation on a reservation; `available_millicredits` only where they did not suffice."""
+    """What the ledger says to an operation on a reservation.
+
+    `available_millicredits` only where they did not suffice, `broken` only where a ceiling stands against it.
+    """
 
     outcome: Outcome
     reservation: Reservation | None
     available_millicredits: int | None = None
+    broken: BrokenCeiling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Discrepancy:
+    """Something in the books that does not add up."""
+
+    problem: str
+    subject: str
+    expected: str
+    actual: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSummary:
+    """What an audit looked at. `totals`: what the entries of each account add up to, over all users."""
+
+    discrepancy_count: int
+    account_count: int
+    event_count: int
+    entry_count: int
+    reservation_count: int
+    totals: dict[str, int]
 
 
 def granted(answer: GrantAnswer) -> Balance:
-    """The balance after a grant. Raises ALREADY_EXISTS (REQUEST_ID_REUSED), INVALID_ARGUMENT (AMOUNT_OUT_OF_RANGE)."""
+    """The balance after a grant.
+
+    Raises ALREADY_EXISTS (REQUEST_ID_REUSED), INVALID_ARGUMENT (AMOUNT_OUT_OF_RANGE, or an expiry in the past).
+    """
     if answer.outcome is Outcome.OK and answer.balance is not None:
         return answer.balance
     if answer.outcome is Outcome.REUSED:
         raise _reused("request_id was used before for another grant")
     if answer.outcome is Outcome.AMOUNT_OUT_OF_RANGE:
         raise _out_of_range("must be at least 1 and leave the balance below 2^63")
+    if answer.outcome is Outcome.EXPIRE_TIME_PASSED:
+        raise invalid("expire_time", "lies in the past")
     raise AssertionError(f"a grant cannot be answered by {answer}")
+
+
+def taken_back(answer: GrantAnswer, *, amount_millicredits: int) -> Balance:
+    """The balance after a clawback.
+
+    Raises ALREADY_EXISTS (REQUEST_ID_REUSED), FAILED_PRECONDITION (INSUFFICIENT_CREDITS), INVALID_ARGUMENT (AMOUNT_OUT_OF_RANGE).
+    """
+    if answer.outcome is Outcome.OK and answer.balance is not None:
+        return answer.balance
+    if answer.outcome is Outcome.REUSED:
+        raise _reused("request_id was used before for another clawback")
+    if answer.outcome is Outcome.INSUFFICIENT:
+        raise _insufficient(amount_millicredits, answer.available_millicredits)
+    if answer.outcome is Outcome.AMOUNT_OUT_OF_RANGE:
+        raise _out_of_range("must be at least 1")
+    raise AssertionError(f"a clawback cannot be answered by {answer}")
+
+
+def accepted_ceiling(outcome: Outcome, ceiling: Ceiling) -> Ceiling:
+    """The ceiling as it was set. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
+    if outcome is Outcome.TOO_MANY:
+        raise MeshError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            Reason.ERROR_REASON_LIMIT_REACHED,
+            f"at most {KEY_CEILINGS_MAX} API keys of an account can have a ceiling; lift one that is not needed any more",
+        )
+    return ceiling
+
+
+def receipt(lines: Sequence[ReceiptLine], *, amount_millicredits: int) -> tuple[ReceiptLine, ...]:
+    """The lines of a capture. Raises INVALID_ARGUMENT unless there are none or they add up to the amount."""
+    total = sum(line.amount_millicredits for line in lines)
+    if lines and total != amount_millicredits:
+        raise invalid("lines", f"add up to {total}, not to the amount of {amount_millicredits}")
+    return tuple(lines)
 
 
 def reserved(answer: ReservationAnswer, *, amount_millicredits: int) -> Reservation:
     """The reservation as it stands: held, or how it was settled where the same request comes again after that.
 
-    Raises FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED).
+    Raises FAILED_PRECONDITION (INSUFFICIENT_CREDITS), RESOURCE_EXHAUSTED (CEILING_REACHED), ALREADY_EXISTS (REQUEST_ID_REUSED).
     """
     if answer.outcome is Outcome.INSUFFICIENT:
-        available = answer.available_millicredits or 0
-        raise precondition(
-            Reason.ERROR_REASON_INSUFFICIENT_CREDITS,
-            f"{amount_millicredits} millicredits are needed, {available} are available",
-            {"required_millicredits": str(amount_millicredits), "available_millicredits": str(available)},
-        )
+        raise _insufficient(amount_millicredits, answer.available_millicredits)
+    if answer.outcome is Outcome.CEILING and answer.broken is not None:
+        raise _ceiling_reached(answer.broken, amount_millicredits)
     if answer.outcome is Outcome.REUSED:
         raise _reused("reservation_id was used before for another reservation")
     if answer.outcome is Outcome.AMOUNT_OUT_OF_RANGE:
@@ -180,6 +313,35 @@ def _held_or_settled(answer: ReservationAnswer) -> Reservation:
     raise AssertionError(f"an operation on a reservation cannot be answered by {answer}")
 
 
+def _insufficient(required: int, available: int | None) -> MeshError:
+    return precondition(
+        Reason.ERROR_REASON_INSUFFICIENT_CREDITS,
+        f"{required} millicredits are needed, {available or 0} are available",
+        {"required_millicredits": str(required), "available_millicredits": str(available or 0)},
+    )
+
+
+def _ceiling_reached(broken: BrokenCeiling, required: int) -> MeshError:
+    whose = f"API key {broken.api_key_id}" if broken.api_key_id else "this account"
+    description = f"{whose} may spend {broken.ceiling_millicredits} millicredits a {broken.period}"
+    metadata = {
+        "period": broken.period,
+        "ceiling_millicredits": str(broken.ceiling_millicredits),
+        "spent_millicredits": str(broken.spent_millicredits),
+        "required_millicredits": str(required),
+    }
+    if broken.api_key_id:
+        metadata["api_key_id"] = str(broken.api_key_id)
+    return MeshError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.ERROR_REASON_CEILING_REACHED,
+        f"{description}; {broken.spent_millicredits} are spent or held, {required} more are needed",
+        metadata=metadata,
+        quota=[(f"api_key:{broken.api_key_id}" if broken.api_key_id else "account", description)],
+        retry_after_s=max(0.0, (broken.reset_time - datetime.now(UTC)).total_seconds()),
+    )
+
+
 def _reused(message: str) -> MeshError:
     return MeshError(grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_REQUEST_ID_REUSED, message)
 
@@ -198,10 +360,13 @@ def user_id_of(subject: str) -> UUID:
 
 @dataclass(frozen=True, slots=True)
 class EntryQuery:
-    """Whose entries are listed, and of which job; a page token is good for one query only."""
+    """Whose entries are listed, and which of them; a page token is good for one query only."""
 
     user_id: UUID
     job_id: UUID | None = None
+    kinds: frozenset[Kind] = field(default_factory=frozenset[Kind])
+    start_time: datetime | None = None
+    end_time: datetime | None = None
 
     def token(self, entry_id: int) -> str:
         """The token of the page that follows `entry_id`."""
@@ -213,7 +378,8 @@ class EntryQuery:
         return None if position is None else int.from_bytes(position)
 
     def _bytes(self) -> bytes:
-        return self.user_id.bytes + (self.job_id.bytes if self.job_id else b"")
+        parts = (self.user_id, self.job_id, sorted(self.kinds), self.start_time, self.end_time)
+        return hashlib.sha256(repr([str(part) for part in parts]).encode()).digest()
 
 
 def page(query: EntryQuery, found: Sequence[Entry], limit: int) -> tuple[Sequence[Entry], str]:

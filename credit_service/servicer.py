@@ -1,15 +1,22 @@
 """The RPCs of genmesh.credits.v1: message → ledger → message. No SQL and no rules here."""
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict
+from datetime import UTC, datetime
 from uuid import UUID
 
 from google.protobuf import timestamp_pb2
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from credit_service import ledger, store
+from credit_service.audit import Auditor
+from credit_service.balances import BalanceFeed
 from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
-from servicekit.database import transaction
-from servicekit.identity import current_user_id
+from servicekit.database import reading, transaction
+from servicekit.errors import invalid, permission_denied
+from servicekit.identity import current_principal, current_user_id
 from servicekit.interceptors import Context
 from servicekit.paging import page_limit
 
@@ -19,7 +26,13 @@ _KINDS = {
     ledger.Kind.CAPTURE: pb.Entry.KIND_CAPTURE,
     ledger.Kind.RELEASE: pb.Entry.KIND_RELEASE,
     ledger.Kind.EXPIRE: pb.Entry.KIND_EXPIRE,
+    ledger.Kind.CLAWBACK: pb.Entry.KIND_CLAWBACK,
+    ledger.Kind.LAPSE: pb.Entry.KIND_LAPSE,
+    ledger.Kind.PLAN_GRANT: pb.Entry.KIND_PLAN_GRANT,
+    ledger.Kind.TOP_UP: pb.Entry.KIND_TOP_UP,
+    ledger.Kind.REFUND: pb.Entry.KIND_REFUND,
 }
+_KINDS_BY_NUMBER = {number: kind for kind, number in _KINDS.items()}
 _ACCOUNTS = {
     ledger.Account.AVAILABLE: pb.Entry.ACCOUNT_AVAILABLE,
     ledger.Account.RESERVED: pb.Entry.ACCOUNT_RESERVED,
@@ -35,50 +48,147 @@ _STATES = {
 class CreditsServicer(pb_grpc.CreditsServiceServicer):
     """What users see of their own credits."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, feed: BalanceFeed) -> None:
         self._engine = engine
+        self._feed = feed
 
     async def GetBalance(self, request: pb.GetBalanceRequest, context: Context) -> pb.GetBalanceResponse:
         """See CreditsService."""
         user_id = ledger.user_id_of(current_user_id())
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             balance = await store.balance(connection, user_id=user_id)
         return pb.GetBalanceResponse(
-            available_millicredits=balance.available_millicredits, reserved_millicredits=balance.reserved_millicredits
+            available_millicredits=balance.available_millicredits,
+            reserved_millicredits=balance.reserved_millicredits,
+            promotional_millicredits=balance.promotional_millicredits,
+            next_expire_time=_timestamp(balance.next_expire_time),
         )
+
+    async def WatchBalance(self, request: pb.WatchBalanceRequest, context: Context) -> AsyncGenerator[pb.WatchBalanceResponse]:
+        """See CreditsService."""
+        user_id = ledger.user_id_of(current_user_id())
+        async with aclosing(self._feed.watch(user_id, expire_time=current_principal().expire_time)) as balances:
+            async for balance in balances:
+                yield pb.WatchBalanceResponse(
+                    available_millicredits=balance.available_millicredits,
+                    reserved_millicredits=balance.reserved_millicredits,
+                    promotional_millicredits=balance.promotional_millicredits,
+                    next_expire_time=_timestamp(balance.next_expire_time),
+                    version=balance.version,
+                )
 
     async def ListEntries(self, request: pb.ListEntriesRequest, context: Context) -> pb.ListEntriesResponse:
         """See CreditsService."""
-        query = ledger.EntryQuery(ledger.user_id_of(current_user_id()), UUID(request.job_id) if request.job_id else None)
+        query = ledger.EntryQuery(
+            user_id=ledger.user_id_of(current_user_id()),
+            job_id=UUID(request.job_id) if request.job_id else None,
+            kinds=frozenset(_KINDS_BY_NUMBER[kind] for kind in request.kinds),
+            start_time=_moment("start_time", request.start_time) if request.HasField("start_time") else None,
+            end_time=_moment("end_time", request.end_time) if request.HasField("end_time") else None,
+        )
         limit = page_limit(request.page_size)
         before = query.position(request.page_token)
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             found = await store.list_entries(connection, query, before=before, limit=limit + 1)
         entries, next_page_token = ledger.page(query, found, limit)
         return pb.ListEntriesResponse(entries=[_entry(entry) for entry in entries], next_page_token=next_page_token)
+
+    async def ListCeilings(self, request: pb.ListCeilingsRequest, context: Context) -> pb.ListCeilingsResponse:
+        """See CreditsService."""
+        async with reading(self._engine) as connection:
+            ceilings = await store.list_ceilings(connection, user_id=ledger.user_id_of(current_user_id()))
+        return pb.ListCeilingsResponse(ceilings=map(_ceiling, ceilings))
+
+    async def SetKeyCeiling(self, request: pb.SetKeyCeilingRequest, context: Context) -> pb.SetKeyCeilingResponse:
+        """See CreditsService."""
+        if current_principal().api_key_id is not None:
+            raise permission_denied("an API key sets no ceilings; sign in")
+        api_key_id = _api_key_id(request.api_key_id)
+        ceiling = await _set_ceiling(self._engine, ledger.user_id_of(current_user_id()), api_key_id, request)
+        return pb.SetKeyCeilingResponse(ceiling=ceiling)
 
 
 class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
     """What administrators do to the ledger."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, feed: BalanceFeed) -> None:
         self._engine = engine
+        self._feed = feed
+        self._auditor = Auditor(engine)
 
     async def GrantCredits(self, request: pb.GrantCreditsRequest, context: Context) -> pb.GrantCreditsResponse:
         """See LedgerAdminService."""
+        user_id = UUID(request.user_id)
         async with transaction(self._engine) as connection:
             answer = await store.grant(
                 connection,
                 actor_id=ledger.user_id_of(current_user_id()),
                 request_id=UUID(request.request_id),
-                user_id=UUID(request.user_id),
+                user_id=user_id,
                 amount_millicredits=request.amount_millicredits,
                 reason=request.reason,
+                expire_time=_moment("expire_time", request.expire_time) if request.HasField("expire_time") else None,
             )
+        self._feed.changed(user_id)
         balance = ledger.granted(answer)
         return pb.GrantCreditsResponse(
             available_millicredits=balance.available_millicredits, reserved_millicredits=balance.reserved_millicredits
         )
+
+    async def ClawbackCredits(self, request: pb.ClawbackCreditsRequest, context: Context) -> pb.ClawbackCreditsResponse:
+        """See LedgerAdminService."""
+        user_id = UUID(request.user_id)
+        async with transaction(self._engine) as connection:
+            answer = await store.clawback(
+                connection,
+                actor_id=ledger.user_id_of(current_user_id()),
+                request_id=UUID(request.request_id),
+                user_id=user_id,
+                amount_millicredits=request.amount_millicredits,
+                reason=request.reason,
+            )
+        self._feed.changed(user_id)
+        balance = ledger.taken_back(answer, amount_millicredits=request.amount_millicredits)
+        return pb.ClawbackCreditsResponse(
+            available_millicredits=balance.available_millicredits, reserved_millicredits=balance.reserved_millicredits
+        )
+
+    async def GetAccount(self, request: pb.GetAccountRequest, context: Context) -> pb.GetAccountResponse:
+        """See LedgerAdminService."""
+        user_id = UUID(request.user_id)
+        async with reading(self._engine) as connection:
+            balance = await store.balance(connection, user_id=user_id)
+            promotions = await store.promotions(connection, user_id=user_id)
+            ceilings = await store.list_ceilings(connection, user_id=user_id)
+        return pb.GetAccountResponse(
+            available_millicredits=balance.available_millicredits,
+            reserved_millicredits=balance.reserved_millicredits,
+            promotional_millicredits=balance.promotional_millicredits,
+            promotions=[
+                pb.PromotionalCredits(
+                    available_millicredits=promotion.available_millicredits,
+                    reserved_millicredits=promotion.reserved_millicredits,
+                    expire_time=_timestamp(promotion.expire_time),
+                )
+                for promotion in promotions
+            ],
+            ceilings=map(_ceiling, ceilings),
+        )
+
+    async def SetUserCeiling(self, request: pb.SetUserCeilingRequest, context: Context) -> pb.SetUserCeilingResponse:
+        """See LedgerAdminService."""
+        return pb.SetUserCeilingResponse(ceiling=await _set_ceiling(self._engine, UUID(request.user_id), None, request))
+
+    async def AuditLedger(self, request: pb.AuditLedgerRequest, context: Context) -> AsyncGenerator[pb.AuditLedgerResponse]:
+        """See LedgerAdminService."""
+        with self._auditor.audit() as begun:
+            yield pb.AuditLedgerResponse()
+            async with aclosing(begun) as findings:
+                async for finding in findings:
+                    if isinstance(finding, ledger.Discrepancy):
+                        yield pb.AuditLedgerResponse(discrepancy=pb.Discrepancy(**asdict(finding)))
+                    else:
+                        yield pb.AuditLedgerResponse(summary=_summary(finding))
 
 
 class LedgerServicer(pb_grpc.LedgerServiceServicer):
@@ -87,35 +197,49 @@ class LedgerServicer(pb_grpc.LedgerServiceServicer):
     The ledger's answer is judged after the transaction: a refusal may have moved credits (a hold found expired).
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, feed: BalanceFeed) -> None:
         self._engine = engine
+        self._feed = feed
 
     async def ReserveCredits(self, request: pb.ReserveCreditsRequest, context: Context) -> pb.ReserveCreditsResponse:
         """See LedgerService."""
+        user_id = UUID(request.user_id)
         async with transaction(self._engine) as connection:
             answer = await store.reserve(
                 connection,
                 reservation_id=UUID(request.reservation_id),
                 job_id=UUID(request.job_id or request.reservation_id),
-                user_id=UUID(request.user_id),
+                user_id=user_id,
                 amount_millicredits=request.amount_millicredits,
                 ttl=request.ttl.ToTimedelta(),
+                model=request.model,
+                api_key_id=_api_key_id(request.api_key_id) if request.api_key_id else None,
             )
+        self._feed.changed(user_id)
         reservation = ledger.reserved(answer, amount_millicredits=request.amount_millicredits)
         return pb.ReserveCreditsResponse(reservation=_reservation(reservation))
 
     async def CaptureReservation(self, request: pb.CaptureReservationRequest, context: Context) -> pb.CaptureReservationResponse:
         """See LedgerService."""
+        lines = ledger.receipt(
+            [ledger.ReceiptLine(line.description, line.quantity, line.unit, line.amount_millicredits) for line in request.lines],
+            amount_millicredits=request.amount_millicredits,
+        )
         async with transaction(self._engine) as connection:
             answer = await store.capture(
-                connection, reservation_id=UUID(request.reservation_id), amount_millicredits=request.amount_millicredits
+                connection,
+                reservation_id=UUID(request.reservation_id),
+                amount_millicredits=request.amount_millicredits,
+                lines=lines,
             )
+        self._settled(answer)
         return pb.CaptureReservationResponse(reservation=_reservation(ledger.captured(answer)))
 
     async def ReleaseReservation(self, request: pb.ReleaseReservationRequest, context: Context) -> pb.ReleaseReservationResponse:
         """See LedgerService."""
         async with transaction(self._engine) as connection:
             answer = await store.release(connection, reservation_id=UUID(request.reservation_id))
+        self._settled(answer)
         return pb.ReleaseReservationResponse(reservation=_reservation(ledger.released(answer)))
 
     async def GetReservation(self, request: pb.GetReservationRequest, context: Context) -> pb.GetReservationResponse:
@@ -123,6 +247,31 @@ class LedgerServicer(pb_grpc.LedgerServiceServicer):
         async with transaction(self._engine) as connection:
             answer = await store.get_reservation(connection, reservation_id=UUID(request.reservation_id))
         return pb.GetReservationResponse(reservation=_reservation(ledger.shown(answer)))
+
+    def _settled(self, answer: ledger.ReservationAnswer) -> None:
+        if answer.reservation is not None:
+            self._feed.changed(answer.reservation.user_id)
+
+
+def _api_key_id(text: str) -> UUID:
+    api_key_id = UUID(text)
+    if api_key_id == store.WHOLE_ACCOUNT:
+        raise invalid("api_key_id", "names no API key")
+    return api_key_id
+
+
+async def _set_ceiling(
+    engine: AsyncEngine, user_id: UUID, api_key_id: UUID | None, request: pb.SetKeyCeilingRequest | pb.SetUserCeilingRequest
+) -> pb.Ceiling:
+    async with transaction(engine) as connection:
+        outcome, ceiling = await store.set_ceiling(
+            connection,
+            user_id=user_id,
+            api_key_id=api_key_id,
+            daily_millicredits=request.daily_millicredits if request.HasField("daily_millicredits") else None,
+            monthly_millicredits=request.monthly_millicredits if request.HasField("monthly_millicredits") else None,
+        )
+    return _ceiling(ledger.accepted_ceiling(outcome, ceiling))
 
 
 def _reservation(reservation: ledger.Reservation) -> pb.Reservation:
@@ -133,6 +282,7 @@ def _reservation(reservation: ledger.Reservation) -> pb.Reservation:
         amount_millicredits=reservation.amount_millicredits,
         captured_millicredits=reservation.captured_millicredits,
         job_id=str(reservation.job_id),
+        model=reservation.model,
     )
     message.expire_time.FromDatetime(reservation.expire_time)
     message.create_time.FromDatetime(reservation.create_time)
@@ -140,8 +290,6 @@ def _reservation(reservation: ledger.Reservation) -> pb.Reservation:
 
 
 def _entry(entry: ledger.Entry) -> pb.Entry:
-    create_time = timestamp_pb2.Timestamp()
-    create_time.FromDatetime(entry.create_time)
     return pb.Entry(
         entry_id=entry.entry_id,
         kind=_KINDS[entry.kind],
@@ -150,5 +298,45 @@ def _entry(entry: ledger.Entry) -> pb.Entry:
         balance_after_millicredits=entry.balance_after_millicredits,
         job_id=str(entry.job_id) if entry.job_id else "",
         reason=entry.reason or "",
-        create_time=create_time,
+        create_time=_timestamp(entry.create_time),
+        model=entry.model,
+        lines=[pb.ReceiptLine(**asdict(line)) for line in entry.lines],
+        expire_time=_timestamp(entry.expire_time),
+        top_up_id=str(entry.top_up_id) if entry.top_up_id else "",
     )
+
+
+def _ceiling(ceiling: ledger.Ceiling) -> pb.Ceiling:
+    return pb.Ceiling(
+        api_key_id=str(ceiling.api_key_id) if ceiling.api_key_id else "",
+        daily_millicredits=ceiling.daily_millicredits,
+        monthly_millicredits=ceiling.monthly_millicredits,
+        spent_today_millicredits=min(ceiling.spent_today_millicredits, ledger.INT64_MAX),
+        spent_this_month_millicredits=min(ceiling.spent_this_month_millicredits, ledger.INT64_MAX),
+    )
+
+
+def _summary(summary: ledger.AuditSummary) -> pb.AuditSummary:
+    return pb.AuditSummary(
+        discrepancy_count=summary.discrepancy_count,
+        account_count=summary.account_count,
+        event_count=summary.event_count,
+        entry_count=summary.entry_count,
+        reservation_count=summary.reservation_count,
+        totals=[pb.AccountTotal(account=account, amount_millicredits=str(total)) for account, total in summary.totals.items()],
+    )
+
+
+def _timestamp(moment: datetime | None) -> timestamp_pb2.Timestamp | None:
+    if moment is None:
+        return None
+    message = timestamp_pb2.Timestamp()
+    message.FromDatetime(moment)
+    return message
+
+
+def _moment(field: str, message: timestamp_pb2.Timestamp) -> datetime:
+    try:
+        return message.ToDatetime(UTC)
+    except (ValueError, OverflowError) as error:
+        raise invalid(field, "is no valid time") from error

@@ -1,11 +1,42 @@
 """Settings of credit_service."""
 
-from pydantic import Field
+from pathlib import Path
+from typing import Literal
 
-from servicekit.settings import DatabaseSettings, ServerSettings
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from credit_service.prices import load_prices
+from servicekit.settings import DatabaseSettings, HostPort, ServerSettings
 
 
 class CreditSettings(ServerSettings, DatabaseSettings):
     """Settings of `credit_service serve`. `migrate` needs no more than DatabaseSettings."""
 
-    hold_expiry_interval_s: float = Field(2.0, gt=0, le=30, description="How often credit_service looks for holds whose time is over")
+    hold_expiry_interval_s: float = Field(
+        2.0, gt=0, le=30, description="How often credit_service looks for holds and promotional credits whose time is over"
+    )
+    prices_file: Path | None = Field(None, description="Price table (TOML); unset: the one that comes with credit_service")
+    plan_grant_interval_s: float = Field(
+        3600.0,
+        ge=0,
+        le=86_400,
+        description="How often credit_service gives the credits of a month to members of plans that are due; 0: never",
+    )
+    gateway_address: HostPort = Field("127.0.0.1:50050", description="Where credit_service asks who has which plan (mTLS)")
+    payment_provider: Literal["none", "stripe"] = Field("none", description="Who takes payments for credits; `none`: nobody")
+    payment_return_url: str = Field("http://127.0.0.1:8080/", description="Where a browser goes after a checkout")
+    stripe_secret_key: SecretStr | None = Field(None, description="Stripe's secret API key (sk_…)")
+    stripe_webhook_secret: SecretStr | None = Field(None, description="Secret that Stripe signs its notices with (whsec_…)")
+    stripe_api_url: str | None = Field(None, description="Where Stripe's API is; unset: Stripe's own address")
+
+    @field_validator("prices_file")
+    @classmethod
+    def _prices_are_readable(cls, file: Path | None) -> Path | None:
+        load_prices(file)
+        return file
+
+    @model_validator(mode="after")
+    def _stripe_is_complete(self) -> "CreditSettings":
+        if self.payment_provider == "stripe" and not (self.stripe_secret_key and self.stripe_webhook_secret):
+            raise ValueError("GENMESH_PAYMENT_PROVIDER=stripe needs GENMESH_STRIPE_SECRET_KEY and GENMESH_STRIPE_WEBHOOK_SECRET")
+        return self

@@ -92,7 +92,13 @@ class Mesh:
             after=self._schema("gateway"),
         )
         yield self._server(
-            "credits", "credit_service", {"GENMESH_DATABASE_URL": self.database_urls["credit_service"]}, after=self._schema("credits")
+            "credits",
+            "credit_service",
+            {
+                "GENMESH_DATABASE_URL": self.database_urls["credit_service"],
+                "GENMESH_GATEWAY_ADDRESS": self.ports.address("gateway"),
+            },
+            after=self._schema("credits"),
         )
         yield self._server("jobs", "jobs_service", jobs, after=(*self._schema("jobs"), "redis", "s3"))
         yield self._worker("relay", "relay", jobs, after=(*self._schema("jobs"), "redis"))

@@ -34,8 +34,8 @@ class Signer:
         """The key set, as the gateway serves it."""
         return "application/json", json.dumps({"keys": [self._jwk]}).encode()
 
-    def metadata(self, user_id: uuid.UUID | str, *roles: str) -> tuple[tuple[str, str], ...]:
-        """Call metadata that proves a user."""
+    def metadata(self, user_id: uuid.UUID | str, *roles: str, api_key_id: str | None = None) -> tuple[tuple[str, str], ...]:
+        """Call metadata that proves a user, who may be signed in with an API key."""
         now = int(time.time())
         claims = {
             "iss": "https://genmesh.internal",
@@ -46,6 +46,7 @@ class Signer:
             "jti": str(uuid.uuid4()),
             "roles": list(roles),
             "plan": "PLAN_FREE",
+            "api_key_id": api_key_id,
         }
         token = jwt.encode(claims, self._private, algorithm="EdDSA", headers={"kid": KEY_ID})
         return (("authorization", f"Bearer {token}"),)

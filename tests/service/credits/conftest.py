@@ -3,11 +3,13 @@
 After every test the books are checked: nothing that a test does may leave a ledger that does not add up.
 """
 
+import asyncio
 import os
 import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,12 +20,14 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from credit_service import app
+from credit_service.balances import BalanceFeed
 from credit_service.settings import CreditSettings
 from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.client import mesh_channel
 from servicekit.server import MeshServer
 from tests.service.credits.callers import Signer
+from tests.service.credits.clocked_ledger import ClockedLedger, clocked_ledger
 
 if TYPE_CHECKING:
     from genmesh.credits.v1.credits_pb2_grpc import CreditsServiceAsyncStub, LedgerAdminServiceAsyncStub, LedgerServiceAsyncStub
@@ -56,6 +60,22 @@ def migrated_database(postgres: Databases) -> Callable[[], str]:
     return create
 
 
+@pytest_asyncio.fixture(scope="session")
+async def shared_clocked_ledger(migrated_database: Callable[[], str]) -> AsyncIterator[ClockedLedger]:
+    """A ledger whose clock the tests set."""
+    async with clocked_ledger(migrated_database()) as ledger:
+        await ledger.set_up()
+        yield ledger
+
+
+@pytest_asyncio.fixture
+async def clocked(shared_clocked_ledger: ClockedLedger) -> AsyncIterator[ClockedLedger]:
+    """The same, its clock at START, with nothing that earlier tests left to end; its books add up after the test."""
+    await shared_clocked_ledger.start_over()
+    yield shared_clocked_ledger
+    await shared_clocked_ledger.check_books()
+
+
 @pytest.fixture(scope="session")
 def credit_settings(migrated_database: Callable[[], str], certificates: Path) -> CreditSettings:
     """Settings of the server of the session."""
@@ -77,9 +97,21 @@ async def engine(credit_settings: CreditSettings) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest_asyncio.fixture(scope="session")
-async def server(credit_settings: CreditSettings, engine: AsyncEngine, signer: Signer) -> AsyncIterator[MeshServer]:
+async def feed(engine: AsyncEngine) -> AsyncIterator[BalanceFeed]:
+    """The server's feed of balances, running."""
+    feed = BalanceFeed(engine)
+    running = asyncio.create_task(feed.run())
+    yield feed
+    running.cancel()
+    with suppress(asyncio.CancelledError):
+        await running
+
+
+@pytest_asyncio.fixture(scope="session")
+async def server(credit_settings: CreditSettings, engine: AsyncEngine, feed: BalanceFeed, signer: Signer) -> AsyncIterator[MeshServer]:
     """The server, as `credit_service serve` builds it; holds expire only when a test says so."""
-    async with app.build_server(credit_settings, engine=engine, keys=signer).running(*app.GRPC_SERVICES) as server:
+    deps = app.Dependencies(engine, signer, feed)
+    async with app.build_server(credit_settings, deps).running(*app.GRPC_SERVICES) as server:
         yield server
 
 
