@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 import structlog
@@ -39,8 +39,8 @@ class DeadLetters:
         self._ledger = ledger
         self._delivery = delivery
 
-    async def retry(self, job_id: uuid.UUID, owner_id: uuid.UUID | None = None) -> Job:
-        """Put a failed job back into the queue under a new hold; with `owner_id`, only if it is theirs.
+    async def retry(self, job_id: uuid.UUID, owner_id: uuid.UUID | None = None, api_key_id: uuid.UUID | None = None) -> Job:
+        """Put a failed job back into the queue under a new hold; with `owner_id`, only if it is theirs, and under the key they used.
 
         As a submit does, it notes what it is about to do, holds, then commits: a repeat goes on from the note, and a note that
         leads nowhere is found by the relay, which releases the hold. A job that was retried and has not ended since is the answer
@@ -56,15 +56,20 @@ class DeadLetters:
                     return job
                 state = jobs_pb2.State.Name(jobs_pb2.State.ValueType(job.state))
                 raise precondition(Reason.ERROR_REASON_JOB_NOT_FAILED, "only a failed job can be retried", {"state": state})
+            # Whose ceiling a retry counts under: it is new spending, decided by who asks. An owner's retry counts under the key they
+            # asked with (none if they had signed in), whatever the job was submitted with, or a key with nothing left could spend on
+            # by retrying the jobs of another. An administrator spends for the owner: the key of the job's last hold counts, never
+            # their own. A repeat keeps the noted key, whoever sends it: the hold may be there already, and has no other.
+            key = job.api_key_id if owner_id is None else api_key_id
             # A new one every time: a hold that was released once is of no use again.
-            noted = await store.add_retry(connection, job_id, uuid.uuid5(job_id, uuid.uuid4().hex))
+            noted = await store.add_retry(connection, job_id, uuid.uuid5(job_id, uuid.uuid4().hex), api_key_id=key)
         if noted is None:
             raise unavailable("the same retry is being refused right now; try again", 0.1)
         await self._delivery.fulfil(job, Duty.SETTLE)
         if noted.abandoned:
             raise unavailable("an earlier retry of this job is being undone right now; try again", 1.0)
         try:
-            await self._ledger.reserve(job, noted.reservation_id)
+            await self._ledger.reserve(replace(job, reservation_id=noted.reservation_id, api_key_id=noted.api_key_id))
         except MeshError as refusal:
             if refusal.reason != Reason.ERROR_REASON_UNAVAILABLE:
                 async with transaction(self._engine) as connection:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import grpc
 import structlog
@@ -100,14 +101,16 @@ class Jobs:
         time_left = self.offers.forecast(model_id=model.model_id, pool=model.pool, priority=priority, steps=priced.steps, place=place)
         return Estimate(self._quotes.sign(owner_id, spec, quote), quote, place, time_left)
 
-    async def create(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> jobs_pb2.Job:
+    async def create(
+        self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest, api_key_id: uuid.UUID | None = None
+    ) -> jobs_pb2.Job:
         """Accept a job: the intent is noted, the credits are held, the job is committed, then announced.
 
         The note comes first, so that a repeat of the request, whatever happened to the first, continues with the same job
-        id (and so the same hold); a note that never becomes a job is found by the relay, which releases the hold.
+        id and API key (and so the same hold); a note that never becomes a job is found by the relay, which releases the hold.
         """
         await self.offers.refresh()
-        noted = await self._note(owner_id, plan, request)
+        noted = await self._note(owner_id, plan, request, api_key_id)
         if noted.committed:
             return await self.get(owner_id, noted.job.job_id)
         job = noted.job
@@ -120,7 +123,9 @@ class Jobs:
             raise
         return (await self._commit([noted]))[0]
 
-    async def create_batch(self, owner_id: uuid.UUID, plan: str, requests: Sequence[jobs_pb2.CreateJobRequest]) -> list[jobs_pb2.Job]:
+    async def create_batch(
+        self, owner_id: uuid.UUID, plan: str, requests: Sequence[jobs_pb2.CreateJobRequest], api_key_id: uuid.UUID | None = None
+    ) -> list[jobs_pb2.Job]:
         """Accept all of the jobs or none of them; each as `create` does."""
         await self.offers.refresh()
         # Everything that can be refused is, before anything is noted or held. What was noted before is no longer up for that.
@@ -129,12 +134,12 @@ class Jobs:
         for index, request in enumerate(requests):
             if known[index] is None:
                 with _within(f"requests[{index}]"):
-                    self._intend(owner_id, plan, request)
+                    self._intend(owner_id, plan, request, api_key_id)
         noted: list[Noted] = []
         try:
             for index, request in enumerate(requests):
                 with _within(f"requests[{index}]"):
-                    noted.append(await self._note(owner_id, plan, request))
+                    noted.append(await self._note(owner_id, plan, request, api_key_id))
             await self._reserve_all([one.job for one in noted if not one.committed])
         except MeshError as refusal:
             if refusal.reason != Reason.ERROR_REASON_UNAVAILABLE:  # else a repeat may go on from here, or the relay undoes it
@@ -143,13 +148,13 @@ class Jobs:
         fresh = iter(await self._commit([one for one in noted if not one.committed]))
         return [await self.get(owner_id, one.job.job_id) if one.committed else next(fresh) for one in noted]
 
-    async def _note(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> Noted:
+    async def _note(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest, api_key_id: uuid.UUID | None) -> Noted:
         request_id = uuid.UUID(request.request_id)
         digest = hashlib.sha256(_without_id(request).SerializeToString(deterministic=True)).digest()
         async with transaction(self._engine) as connection:
             known = await store.find_request(connection, owner_id, request_id)
             if known is None:
-                job = self._intend(owner_id, plan, request)
+                job = self._intend(owner_id, plan, request, api_key_id)
                 if await store.add_request(connection, owner_id, request_id, digest=digest, job_id=job.job_id, intent=_encode_intent(job)):
                     return Noted(request_id, job, committed=False)
                 known = await store.find_request(connection, owner_id, request_id)  # somebody else noted it in this moment
@@ -168,7 +173,7 @@ class Jobs:
             raise not_found("job")  # it was deleted since
         return Noted(request_id, job, committed=True)
 
-    def _intend(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest) -> Job:
+    def _intend(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest, api_key_id: uuid.UUID | None) -> Job:
         priced = pricing.resolve(request.spec, self.offers.models)
         cost = priced.cost_millicredits
         if request.quote_id:
@@ -192,6 +197,7 @@ class Jobs:
             spec=priced.spec.SerializeToString(),
             steps_agreed=priced.steps,
             estimated_cost=cost,
+            api_key_id=api_key_id,
             start_deadline=deadline,
         )
 
@@ -383,26 +389,28 @@ def _moment(request: jobs_pb2.CreateJobRequest) -> datetime:
 
 
 def _encode_intent(job: Job) -> bytes:
-    return json.dumps(
-        {
-            "kind": job.kind,
-            "priority": int(job.priority),
-            "model": job.model,
-            "pool": job.pool,
-            "spec": base64.b64encode(job.spec).decode(),
-            "steps_agreed": job.steps_agreed,
-            "estimated_cost": job.estimated_cost,
-            "start_deadline": job.start_deadline.isoformat() if job.start_deadline else None,
-        }
-    ).encode()
+    values: dict[str, Any] = {
+        "kind": job.kind,
+        "priority": int(job.priority),
+        "model": job.model,
+        "pool": job.pool,
+        "spec": base64.b64encode(job.spec).decode(),
+        "steps_agreed": job.steps_agreed,
+        "estimated_cost": job.estimated_cost,
+        "start_deadline": job.start_deadline.isoformat() if job.start_deadline else None,
+    }
+    if job.api_key_id is not None:  # left out where there is none: during an update, replicas that know no keys read it too
+        values["api_key_id"] = str(job.api_key_id)
+    return json.dumps(values).encode()
 
 
 def _decode_intent(intent: bytes, job_id: uuid.UUID, owner_id: uuid.UUID) -> Job:
     values = json.loads(intent)
-    deadline = values.pop("start_deadline")
+    deadline, api_key_id = values.pop("start_deadline"), values.get("api_key_id")
     values |= {
         "priority": Priority(values["priority"]),
         "spec": base64.b64decode(values["spec"]),
         "start_deadline": datetime.fromisoformat(deadline) if deadline else None,
+        "api_key_id": uuid.UUID(api_key_id) if api_key_id else None,
     }
     return Job(job_id=job_id, owner_id=owner_id, state=State.PENDING, version=1, **values)

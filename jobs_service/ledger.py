@@ -12,6 +12,7 @@ from google.protobuf import duration_pb2
 
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from jobs_service.lifecycle import Job
+from jobs_service.messages import receipt_lines
 from servicekit.client import call_metadata
 from servicekit.errors import MeshError, Reason, from_rpc_error, unavailable
 
@@ -33,17 +34,19 @@ class Ledger:
         self._timeout_s = timeout_s
         self._hold_ttl = duration_pb2.Duration(seconds=hold_ttl_s)
 
-    async def reserve(self, job: Job, reservation_id: uuid.UUID | None = None) -> None:
-        """Hold the price of a job, under its own hold's id or another one.
+    async def reserve(self, job: Job) -> None:
+        """Hold the price of a job, under its hold's id and its API key.
 
-        Raises what credit_service refuses: INSUFFICIENT_CREDITS …, UNAVAILABLE.
+        Raises what credit_service refuses: INSUFFICIENT_CREDITS, CEILING_REACHED …, UNAVAILABLE.
         """
         request = credits_pb2.ReserveCreditsRequest(
-            reservation_id=str(reservation_id or job.hold_id),
+            reservation_id=str(job.hold_id),
             user_id=str(job.owner_id),
             amount_millicredits=job.estimated_cost,
             ttl=self._hold_ttl,
             job_id=str(job.job_id),
+            model=job.model,
+            api_key_id=str(job.api_key_id) if job.api_key_id else "",
         )
         try:
             response = await self._stub.ReserveCredits(request, timeout=self._timeout_s, metadata=call_metadata())
@@ -60,7 +63,9 @@ class Ledger:
         reservation_id = str(job.hold_id)
         try:
             if job.cost > 0:
-                capture = credits_pb2.CaptureReservationRequest(reservation_id=reservation_id, amount_millicredits=job.cost)
+                capture = credits_pb2.CaptureReservationRequest(
+                    reservation_id=reservation_id, amount_millicredits=job.cost, lines=receipt_lines(job)
+                )
                 await self._stub.CaptureReservation(capture, timeout=self._timeout_s, metadata=call_metadata())
             else:
                 await self._release(reservation_id)

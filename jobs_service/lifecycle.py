@@ -82,6 +82,8 @@ class Job:
     spec: bytes
     steps_agreed: int
     estimated_cost: int
+    api_key_id: uuid.UUID | None = None
+    """The API key that its hold counts under; None: its owner had signed in."""
     attempt: int = 0
     failures: int = 0
     """Attempts that failed or were lost since the job was submitted or retried."""

@@ -8,8 +8,12 @@ from datetime import datetime
 from google.protobuf import timestamp_pb2
 from google.rpc import status_pb2
 
+from genmesh.credits.v1 import credits_pb2
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service.lifecycle import Job, State
+
+LINE_DESCRIPTION_MAX = 200
+"""Characters of a receipt line's description that credit_service takes."""
 
 Presign = Callable[[str, str], tuple[str, datetime]]
 """Object key and content type → URL and its end."""
@@ -144,6 +148,20 @@ def receipt(job: Job) -> jobs_pb2.Receipt | None:
         captured_millicredits=job.cost,
         released_millicredits=job.estimated_cost - job.cost,
     )
+
+
+def receipt_lines(job: Job) -> list[credits_pb2.ReceiptLine]:
+    """What an ended job's payment was for, line by line; the amounts add up to its cost. Nothing where it cost nothing."""
+    if not job.cost:
+        return []
+    image = jobs_pb2.JobSpec.FromString(job.spec).image
+    pictures = f"{image.image_count} {'picture' if image.image_count == 1 else 'pictures'}"
+    size = f", {image.width}×{image.height}, {pictures}"  # noqa: RUF001
+    # Cut, not sent in vain: a capture that is refused for its words would be tried again for ever.
+    description = job.model[: LINE_DESCRIPTION_MAX - len(size)] + size
+    return [
+        credits_pb2.ReceiptLine(description=description, quantity=job.steps_done, unit="step", amount_millicredits=job.cost),
+    ]
 
 
 def state_change(job: Job, presign: Presign, *, queue_position: int = 0) -> jobs_pb2.JobEvent:

@@ -53,11 +53,11 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def CreateJob(self, request: jobs_pb2.CreateJobRequest, context: Context) -> jobs_pb2.CreateJobResponse:
         """See the proto."""
-        return jobs_pb2.CreateJobResponse(job=await self._jobs.create(_owner(), current_principal().plan, request))
+        return jobs_pb2.CreateJobResponse(job=await self._jobs.create(_owner(), current_principal().plan, request, _api_key_id()))
 
     async def BatchCreateJobs(self, request: jobs_pb2.BatchCreateJobsRequest, context: Context) -> jobs_pb2.BatchCreateJobsResponse:
         """See the proto."""
-        jobs = await self._jobs.create_batch(_owner(), current_principal().plan, request.requests)
+        jobs = await self._jobs.create_batch(_owner(), current_principal().plan, request.requests, _api_key_id())
         return jobs_pb2.BatchCreateJobsResponse(jobs=jobs)
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
@@ -83,7 +83,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def RetryJob(self, request: jobs_pb2.RetryJobRequest, context: Context) -> jobs_pb2.RetryJobResponse:
         """See the proto."""
-        job = await self._dead_letters.retry(uuid.UUID(request.job_id), _owner())
+        job = await self._dead_letters.retry(uuid.UUID(request.job_id), _owner(), _api_key_id())
         return jobs_pb2.RetryJobResponse(job=await self._jobs.get(_owner(), job.job_id))
 
     async def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: Context) -> jobs_pb2.DeleteJobResponse:
@@ -166,6 +166,11 @@ def _failure_position(position: bytes) -> tuple[datetime, uuid.UUID]:
 
 def _owner() -> uuid.UUID:
     return uuid.UUID(current_user_id())
+
+
+def _api_key_id() -> uuid.UUID | None:
+    api_key_id = current_principal().api_key_id
+    return None if api_key_id is None else uuid.UUID(api_key_id)
 
 
 def _list_query(request: jobs_pb2.ListJobsRequest) -> bytes:

@@ -529,19 +529,23 @@ class Retry:
 
     reservation_id: uuid.UUID
     abandoned: bool
+    api_key_id: uuid.UUID | None = None
 
 
 def _unsettled(job: Job) -> sa.ColumnElement[bool]:
     return sa.exists().where(outbox.c.job_id == job.job_id, outbox.c.duty == Duty.SETTLE)
 
 
-async def add_retry(connection: AsyncConnection, job_id: uuid.UUID, reservation_id: uuid.UUID) -> Retry | None:
-    """Note that a failed job is about to be retried under a new hold; the retry under way, if there is one already.
+async def add_retry(
+    connection: AsyncConnection, job_id: uuid.UUID, reservation_id: uuid.UUID, *, api_key_id: uuid.UUID | None = None
+) -> Retry | None:
+    """Note that a failed job is about to be retried under a new hold and a key; the retry under way, if there is one already.
 
     None: the one that was under way is being forgotten in this moment.
     """
-    await connection.execute(pg.insert(retries).values(job_id=job_id, reservation_id=reservation_id).on_conflict_do_nothing())
-    known = sa.select(retries.c.reservation_id, retries.c.abandoned).where(retries.c.job_id == job_id)
+    note = pg.insert(retries).values(job_id=job_id, reservation_id=reservation_id, api_key_id=api_key_id)
+    await connection.execute(note.on_conflict_do_nothing())
+    known = sa.select(retries.c.reservation_id, retries.c.abandoned, retries.c.api_key_id).where(retries.c.job_id == job_id)
     row = (await connection.execute(known)).one_or_none()
     return None if row is None else Retry(*row)
 
@@ -554,11 +558,11 @@ async def delete_retry(connection: AsyncConnection, job_id: uuid.UUID, reservati
 async def commit_retry(
     connection: AsyncConnection, job: Job, reservation_id: uuid.UUID, *, fallback_s: float
 ) -> tuple[Job, list[OutboxRow]] | None:
-    """failed → pending under the new hold, as if just submitted. None when the retry was abandoned, its last hold is not settled, or the
-    job is no longer as known."""
+    """failed → pending under the new hold and its key, as if just submitted. None when the retry was abandoned, its last hold is not
+    settled, or the job is no longer as known."""
     mine = (retries.c.job_id == job.job_id) & (retries.c.reservation_id == reservation_id)
-    abandoned = (await connection.execute(sa.select(retries.c.abandoned).where(mine).with_for_update())).scalar_one_or_none()
-    if abandoned is not False:
+    note = (await connection.execute(sa.select(retries.c.api_key_id, retries.c.abandoned).where(mine).with_for_update())).one_or_none()
+    if note is None or note.abandoned:
         return None
     back = await _move(
         connection,
@@ -572,6 +576,7 @@ async def commit_retry(
         retry_count=jobs.c.retry_count + 1,
         retry_time=None,
         reservation_id=reservation_id,
+        api_key_id=note.api_key_id,
         worker_id="",
         queue_entry="",
         steps_done=0,

@@ -40,6 +40,7 @@ jobs = sa.Table(
     sa.Column("create_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
     sa.Column("start_time", sa.DateTime(timezone=True)),
     sa.Column("finish_time", sa.DateTime(timezone=True)),
+    sa.Column("api_key_id", pg.UUID(as_uuid=True)),
 )
 
 requests = sa.Table(
@@ -63,6 +64,7 @@ retries = sa.Table(
     sa.Column("reservation_id", pg.UUID(as_uuid=True), nullable=False),
     sa.Column("abandoned", sa.Boolean, nullable=False, server_default="false"),
     sa.Column("create_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
+    sa.Column("api_key_id", pg.UUID(as_uuid=True)),
 )
 
 # A job that is gone, whose media may still be there.

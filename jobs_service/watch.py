@@ -21,7 +21,8 @@ from redis.exceptions import RedisError
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service.events import START, EventLog, Position, StoredEvent, Token, owner_tag, shard_of
 from jobs_service.lifecycle import Job
-from servicekit.errors import MeshError, Reason, unauthenticated, unavailable
+from servicekit.errors import MeshError, unavailable
+from servicekit.identity import check_token_lives
 from servicekit.streams import BLOCK_MS
 
 READ_COUNT = 512
@@ -438,8 +439,7 @@ class WatchStream:
     def _check_alive(self, request: WatchRequest) -> None:
         if self._hub.draining:
             raise unavailable("this server is going away; resume the watch", 0.1)
-        if request.expire_time is not None and time.time() >= request.expire_time:
-            raise unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token expired; resume the watch with a new one")
+        check_token_lives(request.expire_time)
 
     def _accept(self, event: Ready) -> bytes | None:
         """The event's bytes, or None for what the client knows already."""

@@ -3,13 +3,27 @@
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
+import protovalidate
 import pytest
 from google.rpc import code_pb2, status_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
+from genmesh.credits.v1 import credits_pb2
 from genmesh.jobs.v1 import jobs_pb2
-from jobs_service.lifecycle import Job, Priority, State
-from jobs_service.messages import Circumstances, dead_letter_message, job_message, presigned, receipt, state_change, waiting
+from jobs_service.lifecycle import Job, Priority, State, cost_of
+from jobs_service.messages import (
+    Circumstances,
+    dead_letter_message,
+    job_message,
+    presigned,
+    receipt,
+    receipt_lines,
+    state_change,
+    waiting,
+)
 
 MOMENT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SPEC = jobs_pb2.JobSpec(image=jobs_pb2.ImageSpec(prompt="a tiger"))
@@ -50,6 +64,46 @@ def test_a_receipt_of_a_failed_job_releases_everything():
     shown = receipt(replace(JOB, state=State.FAILED, cost=0))
     assert shown is not None
     assert (shown.captured_millicredits, shown.released_millicredits) == (0, 145)
+
+
+def bill(**fields: int) -> bytes:
+    image: dict[str, Any] = {"width": 512, "height": 64, "image_count": 1} | fields
+    return jobs_pb2.JobSpec(image=jobs_pb2.ImageSpec(prompt="a tiger", **image)).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("count", "description"),
+    [(1, "small, 512×64, 1 picture"), (2, "small, 512×64, 2 pictures")],  # noqa: RUF001
+)
+def test_a_bill_says_what_was_made_by_which_model_and_how_much_of_it(count: int, description: str):
+    done = replace(JOB, state=State.COMPLETED, steps_done=20, cost=145, spec=bill(image_count=count))
+    [line] = receipt_lines(done)
+    assert (line.description, line.quantity, line.unit, line.amount_millicredits) == (description, 20, "step", 145)
+    assert "tiger" not in line.description
+
+
+@pytest.mark.parametrize(("state", "cost"), [(State.PENDING, None), (State.FAILED, 0), (State.CANCELLED, 0)])
+def test_what_costs_nothing_has_no_bill(state: State, cost: int | None):
+    assert receipt_lines(replace(JOB, state=state, cost=cost)) == []
+
+
+@given(
+    state=st.sampled_from([State.COMPLETED, State.CANCELLED]),
+    price=st.integers(1, 10**12),
+    agreed=st.integers(1, 10**6),
+    done=st.integers(0, 10**6),
+    model=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300),
+    size=st.integers(1, 2**31 - 1),
+)
+def test_the_lines_of_a_bill_add_up_and_are_never_refused(state: State, price: int, agreed: int, done: int, model: str, size: int):
+    cost = cost_of(state, estimated_cost=price, steps_agreed=agreed, steps_done=done)
+    job = replace(JOB, state=state, model=model, steps_agreed=agreed, estimated_cost=price, steps_done=done, cost=cost)
+    lines = receipt_lines(replace(job, spec=bill(width=size, height=size, image_count=8)))
+    assert sum(line.amount_millicredits for line in lines) == cost
+    assert bool(lines) is (cost > 0)
+    protovalidate.validate(
+        credits_pb2.CaptureReservationRequest(reservation_id=str(job.hold_id), amount_millicredits=max(1, cost), lines=lines)
+    )
 
 
 def test_assets_are_shown_with_a_url_and_without_their_key():

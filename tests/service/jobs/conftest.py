@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from cli.stack.ports import hold_block, is_free
 from credit_service import app as credits_app
+from credit_service.balances import BalanceFeed
 from credit_service.settings import CreditSettings
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from jobs_service.ledger import Ledger
@@ -69,8 +70,10 @@ async def credits_address(credits_database: str, certificates: Path, credits_sig
     """A running credit_service with its own database."""
     settings = CreditSettings.model_validate({"database_url": credits_database, "certificates_dir": certificates, "drain_s": 0})
     engine = credits_app.create_engine(settings)
+    deps = credits_app.Dependencies(engine=engine, keys=credits_signer, feed=BalanceFeed(engine))  # nobody here watches a balance
+    server = credits_app.build_server(settings, deps)
     try:
-        async with credits_app.build_server(settings, engine=engine, keys=credits_signer).running(*credits_app.GRPC_SERVICES) as server:
+        async with server.running(*credits_app.GRPC_SERVICES):
             yield f"127.0.0.1:{server.port}"
     finally:
         await engine.dispose()

@@ -28,6 +28,8 @@ STEPS = 40
 SLEEPERS = 8
 """Newest versions whose writers wake up too late, each with every write there is."""
 OWNERS = (uuid.UUID(int=1), uuid.UUID(int=2))
+KEYS = (None, uuid.UUID(int=3), uuid.UUID(int=4))
+"""API keys that are submitted and retried with."""
 ENDINGS = [State.COMPLETED, State.FAILED, State.CANCELLED]
 FAILURE = Failure(error=b"\x08\x0a", reason="ERROR_REASON_WORKER_LOST", fingerprint="f" * 16)
 CLOCKED = {"create_time": None, "start_time": None, "finish_time": None, "retry_time": None, "cancel_requested_time": None}
@@ -110,11 +112,11 @@ class LifeMachine(RuleBasedStateMachine):
 
     # --- the owner --------------------------------------------------------------------------------------------------
 
-    @rule(target=jobs, owner=st.sampled_from(OWNERS), price=st.integers(1, 200), steps=st.integers(1, 20))
-    def submit(self, owner: uuid.UUID, price: int, steps: int) -> Any:
+    @rule(target=jobs, owner=st.sampled_from(OWNERS), price=st.integers(1, 200), steps=st.integers(1, 20), key=st.sampled_from(KEYS))
+    def submit(self, owner: uuid.UUID, price: int, steps: int, key: uuid.UUID | None) -> Any:
         if len(self.all) == 4:  # of few jobs each lives longer
             return multiple()
-        job = self.do(submit(self.connection, new_job(owner, estimated_cost=price, steps_agreed=steps)))
+        job = self.do(submit(self.connection, new_job(owner, estimated_cost=price, steps_agreed=steps, api_key_id=key)))
         known = Known(replace(job, **CLOCKED), frozenset({"create_time"}), duties=Counter([Duty.ANNOUNCE]))
         self.all.append(known)
         return known
@@ -232,13 +234,13 @@ class LifeMachine(RuleBasedStateMachine):
         assert count == known.duties.pop(duty, 0)
         known.settled += count if duty is Duty.SETTLE else 0
 
-    @rule(known=jobs)
-    def note_a_retry(self, known: Known) -> None:
+    @rule(known=jobs, key=st.sampled_from(KEYS))
+    def note_a_retry(self, known: Known, key: uuid.UUID | None) -> None:
         if not known.is_in(State.FAILED):
             return  # who notes has looked, and keeps the row locked
         reservation_id = uuid.uuid4()
-        noted = self.do(store.add_retry(self.connection, known.job.job_id, reservation_id))
-        known.note = known.note or Retry(reservation_id, abandoned=False)
+        noted = self.do(store.add_retry(self.connection, known.job.job_id, reservation_id, api_key_id=key))
+        known.note = known.note or Retry(reservation_id, abandoned=False, api_key_id=key)
         assert noted == known.note
 
     @rule(known=jobs, mine=st.booleans())
@@ -248,7 +250,7 @@ class LifeMachine(RuleBasedStateMachine):
         back = self.do(store.commit_retry(self.connection, self.row(known), reservation_id, fallback_s=60))
         noted = note is not None and mine and not note.abandoned
         allowed = noted and known.is_in(State.FAILED) and not known.duties[Duty.SETTLE]
-        if self.check(back, allowed=allowed, duties=(Duty.ANNOUNCE,)):
+        if self.check(back, allowed=allowed, duties=(Duty.ANNOUNCE,)) and note is not None:
             known.note = None
             known.moves(
                 State.PENDING,
@@ -258,6 +260,7 @@ class LifeMachine(RuleBasedStateMachine):
                 failures=0,
                 retry_count=known.job.retry_count + 1,
                 reservation_id=reservation_id,
+                api_key_id=note.api_key_id,
                 worker_id="",
                 queue_entry="",
                 steps_done=0,
@@ -267,14 +270,14 @@ class LifeMachine(RuleBasedStateMachine):
                 fingerprint=None,
             )
 
-    @rule(known=jobs, settled=st.booleans())
-    def fail_and_retry(self, known: Known, settled: bool) -> None:
+    @rule(known=jobs, settled=st.booleans(), key=st.sampled_from(KEYS))
+    def fail_and_retry(self, known: Known, settled: bool, key: uuid.UUID | None) -> None:
         """What chance alone would seldom put together."""
         self.start_from_a_new_entry(known, takeover=False)
         self.end(known, State.FAILED, steps=1)
         if settled:
             self.do_duties(known, Duty.SETTLE)
-        self.note_a_retry(known)
+        self.note_a_retry(known, key)
         self.commit_a_retry(known, mine=True)
 
     @rule()
@@ -320,8 +323,10 @@ class LifeMachine(RuleBasedStateMachine):
         duties: dict[uuid.UUID, Counter[Duty]] = {}
         for job_id, duty in await self.connection.execute(sa.select(outbox.c.job_id, outbox.c.duty)):
             duties.setdefault(job_id, Counter())[Duty(duty)] += 1
-        noted = await self.connection.execute(sa.select(retries.c.job_id, retries.c.reservation_id, retries.c.abandoned))
-        return jobs, duties, {row.job_id: Retry(row.reservation_id, row.abandoned) for row in noted}
+        noted = await self.connection.execute(
+            sa.select(retries.c.job_id, retries.c.reservation_id, retries.c.abandoned, retries.c.api_key_id)
+        )
+        return jobs, duties, {row.job_id: Retry(row.reservation_id, row.abandoned, row.api_key_id) for row in noted}
 
     def compare(self, job: Job, known: Known) -> None:
         assert replace(job, **CLOCKED) == known.job

@@ -105,9 +105,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[uuid.UUID]]:
     asked: dict[str, list[uuid.UUID]] = {"reserve": [], "settle": []}
     reserve, settle = Ledger.reserve, Ledger.settle
 
-    async def noted_reserve(ledger: Ledger, job: Job, reservation_id: uuid.UUID | None = None) -> None:
-        asked["reserve"].append(reservation_id or job.hold_id)
-        await reserve(ledger, job, reservation_id)
+    async def noted_reserve(ledger: Ledger, job: Job) -> None:
+        asked["reserve"].append(job.hold_id)
+        await reserve(ledger, job)
 
     async def noted_settle(ledger: Ledger, job: Job) -> None:
         asked["settle"].append(job.hold_id)
@@ -252,13 +252,13 @@ async def test_a_retry_that_comes_after_it_was_undone_leaves_no_hold(world: Worl
     job = await failed(world)
     reserve = Ledger.reserve
 
-    async def slow(ledger: Ledger, job: Job, reservation_id: uuid.UUID | None = None) -> None:
+    async def slow(ledger: Ledger, job: Job) -> None:
         # The relay gives the retry up, releases what is not there yet, and forgets it.
         async with transaction(world.engine) as connection:
             for job_id, abandoned in await store.abandon_retries(connection, older_than_s=0, limit=9):
                 await ledger.release_unused(abandoned)
                 await store.delete_retry(connection, job_id, abandoned)
-        await reserve(ledger, job, reservation_id)
+        await reserve(ledger, job)
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "reserve", slow)

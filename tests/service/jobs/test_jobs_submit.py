@@ -159,13 +159,13 @@ async def test_a_submit_that_comes_after_it_was_undone_leaves_no_hold(
 ):
     reserve = Ledger.reserve
 
-    async def slow(ledger: Ledger, job: Job, reservation_id: uuid.UUID | None = None) -> None:
+    async def slow(ledger: Ledger, job: Job) -> None:
         # The relay gives the request up, releases what is not there yet, and forgets it.
         async with transaction(world.engine) as connection:
             for owner, request_id, abandoned in await store.abandon_requests(connection, older_than_s=0, limit=9):
                 await ledger.release_unused(abandoned)
                 await store.delete_request(connection, owner, request_id, abandoned)
-        await reserve(ledger, job, reservation_id)
+        await reserve(ledger, job)
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "reserve", slow)
