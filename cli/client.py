@@ -6,6 +6,7 @@ Nothing here prints or knows a command.
 import random
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing
@@ -21,7 +22,7 @@ import grpc
 from cli.failures import CommandError, ExitCode, code_of, reason_of, retry_after_s, usage
 from cli.session import Session, SessionFile, SessionMemory, SessionStore
 from cli.settings import ClientSettings
-from genmesh.credits.v1 import credits_pb2_grpc
+from genmesh.credits.v1 import credits_pb2_grpc, payments_pb2_grpc
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.inference.v1 import inference_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
@@ -40,6 +41,9 @@ TERMINAL = frozenset({jobs_pb2.STATE_COMPLETED, jobs_pb2.STATE_FAILED, jobs_pb2.
 _INTERRUPTIONS = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED})
 # The same, but only when no service of ours said it: a reset HTTP/2 stream.
 _RESETS = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
+
+# Refusals that look like the above and stand for hours: until a day or a month is over.
+_LASTING = frozenset({"ERROR_REASON_CEILING_REACHED"})
 
 PAGE_SIZE_MAX = 200
 
@@ -145,6 +149,7 @@ class Edge:
         self.jobs_admin = jobs_pb2_grpc.JobsAdminServiceStub(self._channel)
         self.credits = credits_pb2_grpc.CreditsServiceStub(self._channel)
         self.ledger_admin = credits_pb2_grpc.LedgerAdminServiceStub(self._channel)
+        self.payments = payments_pb2_grpc.PaymentsServiceStub(self._channel)
         self.models = inference_pb2_grpc.ModelCatalogServiceStub(self._channel)
 
     @classmethod
@@ -311,6 +316,40 @@ class Edge:
         open_jobs = set(job_ids)
         sequences: dict[str, int] = {}
         token = ""
+        responses = self.stream(
+            self.jobs.WatchJobs,
+            lambda: jobs_pb2.WatchJobsRequest(job_ids=job_ids, resume_token=token),
+            on_interruption=on_interruption,
+            advice="the job goes on: try `genmesh watch` again",
+        )
+        with closing(responses):
+            for response in responses:
+                token = response.resume_token or token
+                if response.HasField("event"):
+                    event = response.event
+                    if event.sequence <= sequences.get(event.job_id, 0):
+                        continue
+                    sequences[event.job_id] = event.sequence
+                yield response
+                if stands := _state_in(response):
+                    job_id, state = stands
+                    # A failed job that is retried is open again.
+                    (open_jobs.discard if state in TERMINAL else open_jobs.add)(job_id)
+                if job_ids and not open_jobs:
+                    return
+
+    def stream(
+        self,
+        method: "grpc.UnaryStreamMultiCallable[Request, Response]",
+        request: Callable[[], Request],
+        *,
+        on_interruption: Callable[[], None] = lambda: None,
+        advice: str = "try again in a moment",
+    ) -> Generator[Response]:
+        """What a watch sends. It has no end: whenever it breaks, it is opened again with a new `request()`.
+
+        Raises grpc.RpcError when the edge refuses, or stays away for longer than RECONNECT_WINDOW_S.
+        """
         backoff = Backoff(RECONNECT_WINDOW_S, sleep=self._sleep)
         renewed = False
         while True:
@@ -320,8 +359,7 @@ class Edge:
                 raise KeyboardInterrupt
             try:
                 session = self.session()
-                request = jobs_pb2.WatchJobsRequest(job_ids=job_ids, resume_token=token)
-                call = self.jobs.WatchJobs(request, metadata=_authorization(session))
+                call = method(request(), metadata=_authorization(session))
                 self._watching = call
                 try:
                     for response in call:
@@ -330,22 +368,10 @@ class Edge:
                         self._reached = True
                         renewed = False
                         backoff.reset()
-                        token = response.resume_token or token
-                        if response.HasField("event"):
-                            event = response.event
-                            if event.sequence <= sequences.get(event.job_id, 0):
-                                continue
-                            sequences[event.job_id] = event.sequence
                         yield response
-                        if stands := _state_in(response):
-                            job_id, state = stands
-                            # A failed job that is retried is open again.
-                            (open_jobs.discard if state in TERMINAL else open_jobs.add)(job_id)
-                        if job_ids and not open_jobs:
-                            return
                 finally:
                     call.cancel()
-                # It ended well although jobs are open: the server drains, and another one takes over.
+                # It ended well although a watch has no end: the server drains, and another one takes over.
             except grpc.RpcError as interruption:
                 if self._stopped:
                     continue
@@ -355,7 +381,8 @@ class Edge:
                     renewed = True
                     self._refresh(session)
                     continue
-                if code not in _INTERRUPTIONS and not (code in _RESETS and not reason_of(error)):
+                reason = reason_of(error)
+                if reason in _LASTING or (code not in _INTERRUPTIONS and not (code in _RESETS and not reason)):
                     raise
                 self._check_reachable()
             if self._stopped:
@@ -364,14 +391,48 @@ class Edge:
             if not backoff.wait(retry_after_s(error) if error else None):
                 if error is not None:
                     raise error
-                raise CommandError(
-                    "the edge keeps ending the watch",
-                    "the job goes on: try `genmesh watch` again",
-                    code=ExitCode.UNAVAILABLE,
-                )
+                raise CommandError("the edge keeps ending the watch", advice, code=ExitCode.UNAVAILABLE)
+
+    def read(
+        self, method: "grpc.UnaryStreamMultiCallable[Request, Response]", request: Request, *, timeout_s: float
+    ) -> Generator[Response]:
+        """A stream that has an end, read once: it is tried again as `call` does, but only while nothing of it has come.
+
+        Raises grpc.RpcError, also when it breaks.
+        """
+        backoff = Backoff(RETRY_WINDOW_S, sleep=self._sleep)
+        renewed = False
+        while True:
+            if self._stopped:
+                raise KeyboardInterrupt
+            session = self.session()
+            call = method(request, timeout=timeout_s, metadata=_authorization(session))
+            self._watching = call
+            begun = False
+            try:
+                for response in call:
+                    begun = self._reached = True
+                    yield response
+            except grpc.RpcError as error:
+                if self._stopped:
+                    continue
+                code = code_of(error)
+                if code is grpc.StatusCode.UNAUTHENTICATED and not renewed and not begun:
+                    renewed = True
+                    self._refresh(session)
+                    continue
+                if begun or code is not grpc.StatusCode.UNAVAILABLE:
+                    raise
+                self._check_reachable()
+                if not backoff.wait(retry_after_s(error)):
+                    raise
+            else:
+                return
+            finally:
+                call.cancel()
 
     def stop(self) -> None:
-        """Make the watch that runs, in another thread, raise KeyboardInterrupt."""
+        """Make the stream that is being read, in another thread, raise KeyboardInterrupt."""
         self._stopped = True
         if self._watching is not None:
             self._watching.cancel()
@@ -386,13 +447,14 @@ class Edge:
             )
 
 
-def paged(fetch: Callable[[int, str], tuple[Iterable[Item], str]], limit: int) -> Iterator[Item]:
-    """The first `limit` items of a list that comes in pages; `fetch(page_size, page_token)` → items, next token."""
+def paged(fetch: Callable[[int, str], tuple[Iterable[Item], str]], limit: int | None) -> Iterator[Item]:
+    """The first `limit` items (None: all) of a list that comes in pages; `fetch(page_size, page_token)` → items, next token."""
     token = ""
-    while limit > 0:
-        items, token = fetch(min(limit, PAGE_SIZE_MAX), token)
-        for item in islice(items, limit):
-            limit -= 1
+    left = sys.maxsize if limit is None else limit
+    while left > 0:
+        items, token = fetch(min(left, PAGE_SIZE_MAX), token)
+        for item in islice(items, left):
+            left -= 1
             yield item
         if not token:
             return

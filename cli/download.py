@@ -1,12 +1,10 @@
 """Fetches what a job made by its presigned URL, checked against the asset's size and SHA-256 before it gets its name."""
 
-import contextlib
 import hashlib
 import http.client
 import mimetypes
 import os
 import re
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Generator
@@ -14,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cli.failures import usage
+from cli.files import replacing
 from genmesh.jobs.v1 import jobs_pb2
 
 CHUNK_BYTES = 64 * 1024
@@ -62,29 +61,19 @@ def slug(prompt: str) -> str:
 
 def fetch(asset: jobs_pb2.Asset, path: Path) -> None:
     """Download an asset to `path`, replacing what is there. Raises DownloadError; then `path` is untouched."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            digest = hashlib.sha256()
-            size = 0
-            for chunk in _chunks(asset.url):
-                size += len(chunk)
-                if size > asset.size_bytes:
-                    raise DownloadError(f"the store sent more than the {asset.size_bytes} bytes announced")
-                digest.update(chunk)
-                file.write(chunk)
-            if size != asset.size_bytes:
-                raise DownloadError(f"the store sent {size} bytes of {asset.size_bytes}")
-            if digest.hexdigest() != asset.sha256:
-                raise DownloadError("the file differs from what the job made (SHA-256)")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # made readable by its owner alone, which is not what one expects of a picture
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    digest = hashlib.sha256()
+    size = 0
+    with replacing(path) as file:
+        for chunk in _chunks(asset.url):
+            size += len(chunk)
+            if size > asset.size_bytes:
+                raise DownloadError(f"the store sent more than the {asset.size_bytes} bytes announced")
+            digest.update(chunk)
+            file.write(chunk)
+        if size != asset.size_bytes:
+            raise DownloadError(f"the store sent {size} bytes of {asset.size_bytes}")
+        if digest.hexdigest() != asset.sha256:
+            raise DownloadError("the file differs from what the job made (SHA-256)")
 
 
 def _chunks(url: str) -> Generator[bytes]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from genmesh.errors.v1 import errors_pb2
+from cli.amounts import credits_text, seconds_text
 
 DOMAIN = "genmesh"
 _UNSAFE = frozenset({"Cc", "Cs"})  # control characters, lone surrogates; emoji need the format characters (Cf)
@@ -36,13 +36,21 @@ class ExitCode(IntEnum):
     NOT_FOUND = 5
     CREDITS = 6
     CANCELLED = 7
+    DISCREPANCY = 8
     INTERRUPTED = 130
 
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 the job or the command failed · 2 wrong usage or bad input · 3 not running or unavailable · "
-    "4 not signed in or not allowed · 5 not found · 6 not enough credits · 7 the job was cancelled · 78 wrong setting · 130 interrupted."
+    "4 not signed in or not allowed · 5 not found · 6 not enough credits or a ceiling reached · 7 the job was cancelled · "
+    "8 the ledger does not add up · 78 wrong setting · 130 interrupted."
 )
+
+# What tells more than the code of the status.
+_EXIT_OF_REASON = {
+    "ERROR_REASON_INSUFFICIENT_CREDITS": ExitCode.CREDITS,
+    "ERROR_REASON_CEILING_REACHED": ExitCode.CREDITS,
+}
 
 _EXIT_OF_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: ExitCode.USAGE,
@@ -67,7 +75,12 @@ _ADVICE_OF_CODE = {
 }
 
 _ADVICE_OF_REASON = {
-    "ERROR_REASON_INSUFFICIENT_CREDITS": "see `genmesh credits`; an administrator adds some with `genmesh admin grant`",
+    "ERROR_REASON_INSUFFICIENT_CREDITS": "see `genmesh credits`; buy some with `genmesh credits top-up`, or ask an administrator",
+    "ERROR_REASON_CEILING_REACHED": "`genmesh credits ceilings` shows what is spent; wait until it starts anew, or have it raised",
+    "ERROR_REASON_AMOUNT_OUT_OF_RANGE": "choose another amount; `genmesh credits` shows what there is",
+    "ERROR_REASON_REQUEST_ID_REUSED": "the id was used for something else: run it without --request-id, or with a new one",
+    "ERROR_REASON_NOT_OFFERED": "this genmesh is not set up for it; whoever runs it can change that",
+    "ERROR_REASON_SIGNATURE_INVALID": "check that the signing secret of this genmesh is that of the payment provider",
     "ERROR_REASON_BAD_CREDENTIALS": "check e-mail and password, or make an account with `genmesh register`",
     "ERROR_REASON_ACCOUNT_DISABLED": "ask an administrator to enable the account",
     "ERROR_REASON_EMAIL_TAKEN": "sign in with `genmesh login`, or register another address",
@@ -153,17 +166,30 @@ def failure_of(error: grpc.RpcError) -> CommandError:
         bad_request = error_details_pb2.BadRequest()
         if detail.Unpack(bad_request):
             notes += [f"{violation.field}: {violation.description}" for violation in bad_request.field_violations]
+    if reason == "ERROR_REASON_CEILING_REACHED":
+        message = _ceiling_text(metadata) or message
+        if (anew_after_s := retry_after_s(error)) is not None:
+            notes.append(f"it starts anew in {seconds_text(anew_after_s)}")
     if error_id := metadata.get("error_id"):
         notes.append(f"error id {error_id}")
     if notes and len(notes) == 1 and notes[0] == message:
         notes = []
-    exit_code = _EXIT_OF_CODE.get(code, ExitCode.FAILED)
-    if reason == errors_pb2.ErrorReason.Name(errors_pb2.ERROR_REASON_INSUFFICIENT_CREDITS):
-        exit_code = ExitCode.CREDITS
+    exit_code = _EXIT_OF_REASON.get(reason) or _EXIT_OF_CODE.get(code, ExitCode.FAILED)
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
         message = f"the edge cannot serve this right now ({message})"
     advice = _ADVICE_OF_REASON.get(reason) or _ADVICE_OF_CODE.get(code, "")
     return CommandError(message, advice, code=exit_code, notes=tuple(notes))
+
+
+def _ceiling_text(metadata: dict[str, str]) -> str:
+    """Which ceiling leaves no room, in credits; empty when the refusal does not say."""
+    try:
+        ceiling, spent, required = (int(metadata[f"{name}_millicredits"]) for name in ("ceiling", "spent", "required"))
+    except (KeyError, ValueError):
+        return ""
+    whose = f"the API key {metadata['api_key_id']}" if metadata.get("api_key_id") else "your account"
+    bound = f"{whose} may spend {credits_text(ceiling)} a {metadata.get('period', 'period')}"
+    return f"{bound}: {credits_text(spent)} spent or held, {credits_text(required)} needed"
 
 
 def usage(message: str, advice: str = "see `--help`") -> CommandError:
@@ -177,7 +203,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that `ctx` names."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # what cannot be written is told here, not while the interpreter shuts down
         except CommandError as failure:
             failure.show()
             raise typer.Exit(failure.code) from failure
@@ -200,3 +227,5 @@ class Commands(TyperGroup):
                 raise
             CommandError(f"unexpected: {error!r}", "run it again with GENMESH_LOG_LEVEL=debug for the traceback, and report it").show()
             raise typer.Exit(ExitCode.FAILED) from error
+        else:
+            return result

@@ -1,22 +1,18 @@
-"""What the user commands show: money, tables, jobs, live progress, pictures in the terminal, JSON.
+"""What the user commands show: tables, jobs, live progress, pictures in the terminal, JSON.
 
 Results go to stdout; progress goes where its caller says. On a terminal it is drawn, elsewhere it is written line by line.
 """
 
 import io
-import re
 import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import status_pb2
 from PIL import Image
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -27,18 +23,18 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from cli.amounts import credits_text, seconds_text, time_text
 from cli.client import TERMINAL
-from cli.failures import printable, reason_in, usage
-from genmesh.credits.v1 import credits_pb2
+from cli.failures import printable, reason_in
+from genmesh.credits.v1 import credits_pb2, payments_pb2
+from genmesh.identity.v1 import identity_pb2
 from genmesh.jobs.v1 import jobs_pb2
 
-MILLICREDITS = 1000
 PREVIEW_COLUMNS = 48
 PREVIEW_PIXELS_MAX = 2048 * 2048
 PROMPT_COLUMNS = 60
 BAR_COLUMNS = 40
 PICTURE_PIXELS_MAX = 4096 * 4096
-SIZE_MAX = 4096
 JOBS_DRAWN_MAX = 20
 
 _STATE_STYLE = {
@@ -79,54 +75,29 @@ def write_fields(pairs: Iterable[tuple[str, str]]) -> None:
         console.print(Text.assemble((f"{name:<{width}}  ", "dim"), printable(value)))
 
 
-def credits_text(millicredits: int) -> str:
-    """1500 → `1.5 credits`; exact."""
-    number = f"{Decimal(millicredits) / MILLICREDITS:f}"
-    return f"{number} {'credit' if number == '1' else 'credits'}"
-
-
-def parse_credits(text: str) -> int:
-    """`1.5` → 1500 millicredits. Raises CommandError when it is no positive amount of whole millicredits."""
-    try:
-        millicredits = Decimal(text) * MILLICREDITS
-        if not millicredits.is_finite() or millicredits <= 0 or millicredits != int(millicredits):
-            raise ValueError
-    except (InvalidOperation, ValueError):
-        raise usage(f"not an amount of credits: {text!r}", "give a positive number with at most three decimals, for example 12.5") from None
-    return int(millicredits)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`64x48` → (64, 48); `64` → (64, 64). Raises CommandError."""
-    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
-    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    if not (0 < width <= SIZE_MAX and 0 < height <= SIZE_MAX):
-        raise usage(f"not a size: {text!r}", f"give WIDTHxHEIGHT in pixels, for example 64x64, at most {SIZE_MAX}")
-    return width, height
-
-
-def time_text(timestamp: Timestamp) -> str:
-    """Local time to the second; empty when unset."""
-    if not timestamp.seconds:
-        return ""
-    return timestamp.ToDatetime(tzinfo=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def seconds_text(seconds: float) -> str:
-    """75.2 → `1 min 15 s`."""
-    whole = max(0, round(seconds))
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def state_word(state: "jobs_pb2.State.ValueType") -> str:
     """STATE_PENDING → `pending`."""
     return _word(jobs_pb2.State, state, "STATE_")
 
 
 def entry_word(kind: "credits_pb2.Entry.Kind.ValueType") -> str:
-    """KIND_GRANT → `grant`."""
-    return _word(credits_pb2.Entry.Kind, kind, "KIND_")
+    """KIND_PLAN_GRANT → `plan-grant`."""
+    return _word(credits_pb2.Entry.Kind, kind, "KIND_").replace("_", "-")
+
+
+def account_word(account: "credits_pb2.Entry.Account.ValueType") -> str:
+    """ACCOUNT_AVAILABLE → `available`."""
+    return _word(credits_pb2.Entry.Account, account, "ACCOUNT_")
+
+
+def plan_word(plan: "identity_pb2.Plan.ValueType") -> str:
+    """PLAN_FREE → `free`."""
+    return _word(identity_pb2.Plan, plan, "PLAN_")
+
+
+def top_up_word(state: "payments_pb2.TopUp.State.ValueType") -> str:
+    """STATE_PAID → `paid`."""
+    return _word(payments_pb2.TopUp.State, state, "STATE_")
 
 
 def level_word(priority: "jobs_pb2.Priority.ValueType") -> str:

@@ -1,16 +1,16 @@
-"""Who you are and what you have: register, login, logout, whoami, credits."""
+"""Who you are: register, login, logout, whoami."""
 
 import sys
 from typing import Annotated
 
 import typer
 
-from cli.client import Edge, paged
-from cli.commands import EdgeOption, JsonOption, LimitOption, open_edge
+from cli.amounts import time_text
+from cli.client import Edge
+from cli.commands import EdgeOption, JsonOption, open_edge
 from cli.failures import usage
-from cli.output import credits_text, entry_word, note, time_text, write_fields, write_json, write_table
+from cli.output import note, plan_word, write_fields, write_json
 from cli.settings import ClientSettings
-from genmesh.credits.v1 import credits_pb2
 from genmesh.identity.v1 import identity_pb2
 from servicekit.settings import load
 
@@ -94,61 +94,9 @@ def whoami(edge: EdgeOption = None, json_output: JsonOption = False) -> None:
                 ("e-mail", user.email),
                 ("name", user.display_name),
                 ("user id", user.user_id),
-                ("plan", plan_word(user)),
+                ("plan", plan_word(user.plan)),
                 ("roles", ", ".join(user.roles)),
                 ("since", time_text(user.create_time)),
                 ("edge", client.url),
             ]
         )
-
-
-def plan_word(user: identity_pb2.User) -> str:
-    """PLAN_FREE → `free`."""
-    return identity_pb2.Plan.Name(user.plan).removeprefix("PLAN_").lower()
-
-
-@app.command("credits")
-def show_credits(
-    entries: Annotated[bool, typer.Option("--entries", help="List what changed the balance, newest first.")] = False,
-    limit: LimitOption = 20,
-    edge: EdgeOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Show your balance, or the ledger entries behind it."""
-    with open_edge(edge) as client:
-        if entries:
-            _show_entries(client, limit, json_output=json_output)
-            return
-        balance = client.call(client.credits.GetBalance, credits_pb2.GetBalanceRequest())
-        if json_output:
-            write_json(balance)
-        else:
-            held = credits_text(balance.reserved_millicredits) if balance.reserved_millicredits else ""
-            write_fields([("available", credits_text(balance.available_millicredits)), ("held for jobs", held)])
-
-
-def _show_entries(client: Edge, limit: int, *, json_output: bool) -> None:
-    def fetch(page_size: int, page_token: str):
-        request = credits_pb2.ListEntriesRequest(page_size=page_size, page_token=page_token)
-        response = client.call(client.credits.ListEntries, request)
-        return response.entries, response.next_page_token
-
-    found = paged(fetch, limit)
-    if json_output:
-        for entry in found:
-            write_json(entry)
-        return
-    write_table(
-        ["when", "what", "account", "change", "balance", "for"],
-        (
-            (
-                time_text(entry.create_time),
-                entry_word(entry.kind),
-                credits_pb2.Entry.Account.Name(entry.account).removeprefix("ACCOUNT_").lower(),
-                f"{'+' if entry.amount_millicredits > 0 else ''}{credits_text(entry.amount_millicredits)}",
-                credits_text(entry.balance_after_millicredits),
-                entry.job_id or entry.reason,
-            )
-            for entry in found
-        ),
-    )

@@ -1,26 +1,34 @@
-"""What administrators do: find accounts, give credits, look after the queue and the jobs that failed."""
+"""What administrators do: credits, plans and ceilings of users, the audit of the ledger, the queue and the jobs that failed."""
 
+import sys
+import time
 import uuid
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from enum import StrEnum
 from typing import Annotated
 
+import grpc
 import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from cli.amounts import credits_text, seconds_text, time_text
 from cli.client import Edge, paged
-from cli.commands import EdgeOption, JsonOption, LimitOption, open_edge
-from cli.commands.account import plan_word
-from cli.failures import CommandError, ExitCode, usage
-from cli.output import (
-    credits_text,
-    error_text,
-    hold_word,
-    level_word,
-    note,
-    parse_credits,
-    seconds_text,
-    time_text,
-    write_json,
-    write_table,
+from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge
+from cli.commands.credits import (
+    DailyOption,
+    MonthlyOption,
+    NoneOption,
+    balance_fields,
+    ceiling_text,
+    completed,
+    parse_bounds,
+    write_ceilings,
 )
+from cli.failures import CommandError, ExitCode, code_of, failure_of, printable, reason_of, usage
+from cli.inputs import parse_credits, parse_time
+from cli.output import error_text, hold_word, level_word, note, plan_word, write_fields, write_json, write_table
 from genmesh.credits.v1 import credits_pb2
 from genmesh.errors.v1 import errors_pb2
 from genmesh.identity.v1 import identity_pb2
@@ -30,38 +38,271 @@ REQUEUE_MAX = 1000
 REQUEUE_TIMEOUT_S = 30.0
 """As long as the edge waits for an answer: every job that goes back is held for first. What was cut off can be run again."""
 
+AUDIT_TIMEOUT_S = 3600.0
+
 _REASON = "ERROR_REASON_"
 
 app = typer.Typer()
-group = typer.Typer(help="For administrators: accounts, credits, the queue.", no_args_is_help=True)
+group = typer.Typer(help="For administrators: accounts, credits, the ledger, the queue.", no_args_is_help=True)
+ledger = typer.Typer(help="The ledger as a whole.", no_args_is_help=True)
 app.add_typer(group, name="admin")
+group.add_typer(ledger, name="ledger")
+
+
+WhoArgument = Annotated[str, typer.Argument(metavar="EMAIL_OR_USER_ID", help="Whose account.")]
+AmountArgument = Annotated[str, typer.Argument(metavar="AMOUNT", help="How many credits, for example 100 or 2.5.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger with your id, and shown to the user.")]
+
+
+# Credits of users
 
 
 @group.command()
 def grant(
-    who: Annotated[str, typer.Argument(metavar="EMAIL_OR_USER_ID", help="Who gets the credits.")],
-    amount: Annotated[str, typer.Argument(metavar="AMOUNT", help="How many credits, for example 100 or 2.5.")],
-    reason: Annotated[str, typer.Option("--reason", help="Why; kept in the ledger with your id.")],
-    request_id: Annotated[
-        str | None, typer.Option("--request-id", metavar="UUID", help="Run it again with the same id and it still grants once.")
+    who: WhoArgument,
+    amount: AmountArgument,
+    reason: ReasonOption,
+    expires: Annotated[
+        str | None,
+        typer.Option(
+            "--expires", metavar="TIME", help="When what is left of them expires: a date (midnight UTC) or RFC 3339. Default: never."
+        ),
     ] = None,
+    request_id: RequestIdOption = None,
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Give credits to a user."""
     millicredits = parse_credits(amount)
+    expire_time = parse_time(expires) if expires is not None else None
+    if expire_time is not None and expire_time.ToNanoseconds() <= time.time_ns():
+        raise usage(f"--expires is over: {expires}", "give a time to come")
+    request_id = request_id or str(uuid.uuid4())
+    with open_edge(edge) as client:
+        request = credits_pb2.GrantCreditsRequest(
+            request_id=request_id,
+            user_id=find_user_id(client, who),
+            amount_millicredits=millicredits,
+            reason=reason,
+            expire_time=expire_time,
+        )
+        response = call_once(client, client.ledger_admin.GrantCredits, request, request_id)
+    if json_output:
+        write_json(response)
+        return
+    until = f" until {time_text(expire_time)}" if expire_time is not None else ""
+    print(f"granted {credits_text(millicredits)}{until}; {who} now has {credits_text(response.available_millicredits)}")
+
+
+@group.command()
+def clawback(
+    who: WhoArgument,
+    amount: AmountArgument,
+    reason: ReasonOption,
+    request_id: RequestIdOption = None,
+    edge: EdgeOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Take available credits back from a user, promotional ones first. What is held for jobs stays."""
+    millicredits = parse_credits(amount)
+    request_id = request_id or str(uuid.uuid4())
+    with open_edge(edge) as client:
+        request = credits_pb2.ClawbackCreditsRequest(
+            request_id=request_id, user_id=find_user_id(client, who), amount_millicredits=millicredits, reason=reason
+        )
+        try:
+            response = call_once(client, client.ledger_admin.ClawbackCredits, request, request_id)
+        except grpc.RpcError as error:
+            if reason_of(error) != "ERROR_REASON_INSUFFICIENT_CREDITS":
+                raise
+            failure = failure_of(error)
+            raise CommandError(
+                failure.message, f"`genmesh admin account {who}` shows what there is", code=failure.code, notes=failure.notes
+            ) from error
+    if json_output:
+        write_json(response)
+    else:
+        print(f"took back {credits_text(millicredits)}; {who} now has {credits_text(response.available_millicredits)}")
+
+
+@group.command()
+def account(who: WhoArgument, edge: EdgeOption = None, json_output: JsonOption = False) -> None:
+    """Show what a user has: balance, promotional credits, ceilings."""
     with open_edge(edge) as client:
         user_id = find_user_id(client, who)
-        response = client.call(
-            client.ledger_admin.GrantCredits,
-            credits_pb2.GrantCreditsRequest(
-                request_id=request_id or str(uuid.uuid4()), user_id=user_id, amount_millicredits=millicredits, reason=reason
+        found = client.call(client.ledger_admin.GetAccount, credits_pb2.GetAccountRequest(user_id=user_id))
+    if json_output:
+        write_json(found)
+        return
+    write_fields([("user id", user_id), *balance_fields(found)])
+    if found.promotions:
+        print()
+        write_table(
+            ["expire", "left", "held for jobs"],
+            (
+                (
+                    time_text(promotion.expire_time),
+                    credits_text(promotion.available_millicredits),
+                    credits_text(promotion.reserved_millicredits) if promotion.reserved_millicredits else "",
+                )
+                for promotion in found.promotions
             ),
         )
-        if json_output:
-            write_json(response)
-        else:
-            print(f"granted {credits_text(millicredits)}; {who} now has {credits_text(response.available_millicredits)}")
+    if found.ceilings:
+        print()
+        write_ceilings(found.ceilings)
+
+
+@group.command()
+def ceiling(
+    who: WhoArgument,
+    daily: DailyOption = None,
+    monthly: MonthlyOption = None,
+    none: NoneOption = False,
+    edge: EdgeOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Bound what a user may spend a day and a month."""
+    bounds = parse_bounds(daily, monthly, none=none)
+    with open_edge(edge) as client:
+        user_id = find_user_id(client, who)
+
+        def current() -> Iterable[credits_pb2.Ceiling]:
+            return client.call(client.ledger_admin.GetAccount, credits_pb2.GetAccountRequest(user_id=user_id)).ceilings
+
+        daily_millicredits, monthly_millicredits = completed(bounds, "", current)
+        request = credits_pb2.SetUserCeilingRequest(
+            user_id=user_id, daily_millicredits=daily_millicredits, monthly_millicredits=monthly_millicredits
+        )
+        stands = client.call(client.ledger_admin.SetUserCeiling, request).ceiling
+    if json_output:
+        write_json(stands)
+    else:
+        print(f"{who}: {ceiling_text(stands)}")
+
+
+class PlanName(StrEnum):
+    """Plans, as typed."""
+
+    FREE = "free"
+    PRO = "pro"
+
+
+@group.command()
+def plan(
+    who: WhoArgument,
+    wanted: Annotated[PlanName, typer.Argument(metavar="PLAN", help="free or pro.")],
+    edge: EdgeOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Put a user on a plan. It counts from the user's next access token on, within minutes."""
+    with open_edge(edge) as client:
+        user_id = find_user_id(client, who)
+        request = identity_pb2.UpdateUserRequest(user_id=user_id, plan=identity_pb2.Plan.Value(f"PLAN_{wanted.name}"))
+        try:
+            user = client.call(client.identity_admin.UpdateUser, request).user
+        except grpc.RpcError as error:
+            if code_of(error) is not grpc.StatusCode.NOT_FOUND:
+                raise
+            raise _no_account(who) from error
+    if json_output:
+        write_json(user)
+    else:
+        print(f"{user.email} is on the plan {plan_word(user.plan)}")
+
+
+# The ledger
+
+
+@ledger.command()
+def audit(edge: EdgeOption = None, json_output: JsonOption = False) -> None:
+    """Recompute every balance from the ledger's entries, and show what does not add up.
+
+    Ends with the trial balance of all accounts. Exit code 0: the ledger adds up; 8: it does not; 3: the audit was cut off.
+    """
+    count = 0
+    why = ""
+    summary: credits_pb2.AuditSummary | None = None
+    with open_edge(edge) as client, interrupts(client.stop), _progress("auditing the ledger"):
+        try:
+            for response in client.read(client.ledger_admin.AuditLedger, credits_pb2.AuditLedgerRequest(), timeout_s=AUDIT_TIMEOUT_S):
+                finding = response.WhichOneof("finding")
+                if finding is not None and json_output:
+                    write_json(response)
+                if finding == "discrepancy":
+                    count += 1
+                    if not json_output:
+                        print(_discrepancy_text(response.discrepancy), flush=True)
+                elif finding == "summary":
+                    summary = response.summary
+        except grpc.RpcError as error:
+            if not count:
+                raise
+            why = f" ({failure_of(error).message})"  # what was found says more than how the stream ended
+    if summary is None:
+        found = f" after {_counted(count, 'discrepancy', 'discrepancies')}" if count else ""
+        raise CommandError(
+            f"the audit was cut off{found}{why}: the rest is not known",
+            "run it again",
+            code=ExitCode.DISCREPANCY if count else ExitCode.UNAVAILABLE,
+        )
+    total = sum(int(total.amount_millicredits) for total in summary.totals)
+    if not json_output:
+        _write_summary(summary, total)
+    if total:
+        note(f"the accounts add up to {credits_text(total)} and not to zero")
+    count = max(count, summary.discrepancy_count, 1 if total else 0)
+    if count:
+        raise CommandError(
+            f"the ledger does not add up: {_counted(count, 'discrepancy', 'discrepancies')}",
+            "find the cause before anything is mended; the only repair is a compensating entry (admin grant, admin clawback)",
+            code=ExitCode.DISCREPANCY,
+        )
+    note("the ledger adds up")
+
+
+@contextmanager
+def _progress(what: str) -> Generator[None]:
+    """On a terminal: what runs, and for how long, while the block does."""
+    console = Console(stderr=True, highlight=False)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    # Lines on stdout go above the progress where both are on the terminal, and where they belong where not.
+    redirect = sys.stdout.isatty()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=redirect) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def _discrepancy_text(discrepancy: credits_pb2.Discrepancy) -> str:
+    parts = [discrepancy.problem, discrepancy.subject, discrepancy.expected, discrepancy.actual]
+    if not sys.stdout.isatty():
+        return "\t".join(printable(part) for part in parts)
+    amounts = f": {discrepancy.expected or 'nothing'} expected, {discrepancy.actual or 'nothing'} there" if any(parts[2:]) else ""
+    return printable(f"{discrepancy.problem}: {discrepancy.subject}{amounts}")
+
+
+def _write_summary(summary: credits_pb2.AuditSummary, total: int) -> None:
+    write_fields(
+        [
+            ("accounts", str(summary.account_count)),
+            ("events", str(summary.event_count)),
+            ("entries", str(summary.entry_count)),
+            ("reservations", str(summary.reservation_count)),
+            ("discrepancies", str(summary.discrepancy_count)),
+        ]
+    )
+    print()
+    write_table(
+        ["account", "sum of its entries"],
+        [*((one.account, credits_text(int(one.amount_millicredits))) for one in summary.totals), ("all", credits_text(total))],
+    )
+
+
+def _counted(count: int, one: str, several: str) -> str:
+    return f"{count} {one if count == 1 else several}"
+
+
+# Accounts
 
 
 def find_user_id(client: Edge, who: str) -> str:
@@ -75,7 +316,11 @@ def find_user_id(client: Edge, who: str) -> str:
     for user in users:
         if user.email == who.lower():
             return user.user_id
-    raise CommandError(f"no account has the address {who}", "`genmesh admin users` lists accounts", code=ExitCode.NOT_FOUND)
+    raise _no_account(who)
+
+
+def _no_account(who: str) -> CommandError:
+    return CommandError(f"there is no account {who}", "`genmesh admin users` lists accounts", code=ExitCode.NOT_FOUND)
 
 
 @group.command()
@@ -101,10 +346,13 @@ def users(
         write_table(
             ["e-mail", "name", "user id", "plan", "roles", "since"],
             (
-                (user.email, user.display_name, user.user_id, plan_word(user), ",".join(user.roles), time_text(user.create_time))
+                (user.email, user.display_name, user.user_id, plan_word(user.plan), ",".join(user.roles), time_text(user.create_time))
                 for user in found
             ),
         )
+
+
+# The queue
 
 
 @group.command()

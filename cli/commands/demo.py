@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 import grpc
 import typer
 
+from cli.amounts import MILLICREDITS, credits_text
 from cli.client import Backoff, Edge
 from cli.commands.generate import finish, follow, image_spec, submit
 from cli.download import check_target
 from cli.failures import CommandError, ExitCode, code_of, failure_of
-from cli.output import MILLICREDITS, credits_text, note
+from cli.output import note
 from cli.session import SessionMemory
 from genmesh.credits.v1 import credits_pb2
 from genmesh.identity.v1 import identity_pb2

@@ -12,25 +12,13 @@ import typer
 from google.protobuf import json_format
 from rich.console import Console
 
+from cli.amounts import credits_text, seconds_text
 from cli.client import Edge
 from cli.commands import EdgeOption, JsonOption, interrupts, open_edge
 from cli.download import DownloadError, check_target, fetch, media_of, target_paths
 from cli.failures import CommandError, ExitCode, failure_of, reason_of, usage
-from cli.output import (
-    Display,
-    JobView,
-    JobViews,
-    credits_text,
-    displaying,
-    note,
-    parse_size,
-    reason_text,
-    seconds_text,
-    show_picture,
-    write_fields,
-    write_json,
-    write_table,
-)
+from cli.inputs import parse_size
+from cli.output import Display, JobView, JobViews, displaying, note, reason_text, show_picture, write_fields, write_json, write_table
 from genmesh.credits.v1 import credits_pb2
 from genmesh.inference.v1 import inference_pb2
 from genmesh.jobs.v1 import jobs_pb2

@@ -8,6 +8,7 @@ import grpc
 import typer
 from rich.console import Console
 
+from cli.amounts import credits_text, time_text
 from cli.client import paged
 from cli.commands import EdgeOption, JsonOption, LimitOption, interrupts, open_edge
 from cli.commands.generate import check_completed, save
@@ -16,13 +17,11 @@ from cli.failures import CommandError, failure_of
 from cli.output import (
     JobView,
     JobViews,
-    credits_text,
     displaying,
     note,
     prompt_of,
     reason_text,
     state_word,
-    time_text,
     waiting_fields,
     write_fields,
     write_json,

@@ -23,7 +23,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from cli.stack import Stack
-from genmesh.credits.v1 import credits_pb2
+from genmesh.credits.v1 import credits_pb2, payments_pb2
 from genmesh.identity.v1 import identity_pb2
 from genmesh.inference.v1 import inference_pb2
 from genmesh.jobs.v1 import jobs_pb2
@@ -89,13 +89,40 @@ GET_BALANCE = Method(_CREDITS + "GetBalance", credits_pb2.GetBalanceRequest, cre
 LIST_ENTRIES = Method(
     _CREDITS + "ListEntries", credits_pb2.ListEntriesRequest, credits_pb2.ListEntriesResponse, "GET", "/v1/credits/entries"
 )
-GRANT_CREDITS = Method(
-    "/genmesh.credits.v1.LedgerAdminService/GrantCredits",
-    credits_pb2.GrantCreditsRequest,
-    credits_pb2.GrantCreditsResponse,
-    "POST",
-    "/v1/admin/credits:grant",
+WATCH_BALANCE = Method(
+    _CREDITS + "WatchBalance", credits_pb2.WatchBalanceRequest, credits_pb2.WatchBalanceResponse, "GET", "/v1/credits:watch"
 )
+LIST_CEILINGS = Method(
+    _CREDITS + "ListCeilings", credits_pb2.ListCeilingsRequest, credits_pb2.ListCeilingsResponse, "GET", "/v1/credits/ceilings"
+)
+SET_KEY_CEILING = Method(
+    _CREDITS + "SetKeyCeiling", credits_pb2.SetKeyCeilingRequest, credits_pb2.SetKeyCeilingResponse, "POST", "/v1/credits/ceilings"
+)
+_LEDGER_ADMIN = "/genmesh.credits.v1.LedgerAdminService/"
+GRANT_CREDITS = Method(
+    _LEDGER_ADMIN + "GrantCredits", credits_pb2.GrantCreditsRequest, credits_pb2.GrantCreditsResponse, "POST", "/v1/admin/credits:grant"
+)
+CLAWBACK_CREDITS = Method(
+    _LEDGER_ADMIN + "ClawbackCredits",
+    credits_pb2.ClawbackCreditsRequest,
+    credits_pb2.ClawbackCreditsResponse,
+    "POST",
+    "/v1/admin/credits:clawback",
+)
+GET_ACCOUNT = Method(
+    _LEDGER_ADMIN + "GetAccount", credits_pb2.GetAccountRequest, credits_pb2.GetAccountResponse, "GET", "/v1/admin/accounts/{userId}"
+)
+SET_USER_CEILING = Method(
+    _LEDGER_ADMIN + "SetUserCeiling", credits_pb2.SetUserCeilingRequest, credits_pb2.SetUserCeilingResponse, "POST", "/v1/admin/ceilings"
+)
+AUDIT_LEDGER = Method(
+    _LEDGER_ADMIN + "AuditLedger", credits_pb2.AuditLedgerRequest, credits_pb2.AuditLedgerResponse, "GET", "/v1/admin/ledger:audit"
+)
+_PAYMENTS = "/genmesh.credits.v1.PaymentsService/"
+LIST_PRICES = Method(_PAYMENTS + "ListPrices", payments_pb2.ListPricesRequest, payments_pb2.ListPricesResponse, "GET", "/v1/prices")
+CREATE_TOP_UP = Method(_PAYMENTS + "CreateTopUp", payments_pb2.CreateTopUpRequest, payments_pb2.CreateTopUpResponse, "POST", "/v1/topUps")
+GET_TOP_UP = Method(_PAYMENTS + "GetTopUp", payments_pb2.GetTopUpRequest, payments_pb2.GetTopUpResponse, "GET", "/v1/topUps/{topUpId}")
+LIST_TOP_UPS = Method(_PAYMENTS + "ListTopUps", payments_pb2.ListTopUpsRequest, payments_pb2.ListTopUpsResponse, "GET", "/v1/topUps")
 REGISTER_USER = Method(
     "/genmesh.identity.v1.IdentityService/RegisterUser",
     identity_pb2.RegisterUserRequest,
@@ -113,6 +140,13 @@ LIST_USERS = Method(
     identity_pb2.ListUsersResponse,
     "GET",
     "/v1/admin/users",
+)
+UPDATE_USER = Method(
+    "/genmesh.identity.v1.IdentityAdminService/UpdateUser",
+    identity_pb2.UpdateUserRequest,
+    identity_pb2.UpdateUserResponse,
+    "PATCH",
+    "/v1/admin/users/{userId}",
 )
 LIST_MODELS = Method(
     "/genmesh.inference.v1.ModelCatalogService/ListModels",
@@ -368,14 +402,11 @@ class User:
         answer = await self.call(LIST_ENTRIES, credits_pb2.ListEntriesRequest(job_id=job_id, page_size=200))
         return list(reversed(answer.entries))
 
-    async def watch(self, *job_ids: str, token: str = "") -> AsyncGenerator[jobs_pb2.WatchJobsResponse]:
-        """Messages of a watch by gRPC until the server ends it; leaving early cancels it. Raises Refusal."""
+    async def stream(self, method: Method[Request, Response], request: Request) -> AsyncGenerator[Response]:
+        """Messages of a stream by gRPC until the server ends it; leaving early cancels it. Raises Refusal."""
         stub = self.edge.channel.unary_stream(
-            WATCH_JOBS.path,
-            request_serializer=jobs_pb2.WatchJobsRequest.SerializeToString,
-            response_deserializer=jobs_pb2.WatchJobsResponse.FromString,
+            method.path, request_serializer=method.request.SerializeToString, response_deserializer=method.response.FromString
         )
-        request = jobs_pb2.WatchJobsRequest(job_ids=job_ids, resume_token=token)
         while True:
             call = stub(request, metadata=tuple(bearer(self.token).items()), timeout=DEADLINE_S)
             try:
@@ -389,10 +420,9 @@ class User:
             finally:
                 call.cancel()
 
-    async def watch_sse(self, *job_ids: str, token: str = "") -> AsyncGenerator[jobs_pb2.WatchJobsResponse]:
+    async def stream_sse(self, method: Method[Request, Response], request: Request) -> AsyncGenerator[Response]:
         """The same by server-sent events."""
-        request = jobs_pb2.WatchJobsRequest(job_ids=job_ids, resume_token=token)
-        path, query, _ = rest_form(WATCH_JOBS, request)
+        path, query, _ = rest_form(method, request)
         headers = {"accept": "text/event-stream", **bearer(self.token)}
         async with self.edge.http.stream("GET", path, params=httpx.QueryParams(tuple(query)), headers=headers) as reply:
             if not reply.is_success:
@@ -401,7 +431,15 @@ class User:
             assert reply.headers["content-type"] == "text/event-stream"
             async with aclosing(_events_of(reply)) as events:
                 async for event in events:
-                    yield json_format.ParseDict(event, jobs_pb2.WatchJobsResponse())
+                    yield json_format.ParseDict(event, method.response())
+
+    def watch(self, *job_ids: str, token: str = "") -> AsyncGenerator[jobs_pb2.WatchJobsResponse]:
+        """Messages of a watch by gRPC."""
+        return self.stream(WATCH_JOBS, jobs_pb2.WatchJobsRequest(job_ids=job_ids, resume_token=token))
+
+    def watch_sse(self, *job_ids: str, token: str = "") -> AsyncGenerator[jobs_pb2.WatchJobsResponse]:
+        """Messages of a watch by server-sent events."""
+        return self.stream_sse(WATCH_JOBS, jobs_pb2.WatchJobsRequest(job_ids=job_ids, resume_token=token))
 
     async def watch_to_end(self, *job_ids: str, token: str = "") -> Watched:
         """Everything a watch of these jobs tells, up to the end that the server sets."""

@@ -1,12 +1,17 @@
 """The `genmesh` command as people and scripts run it: a process of its own against the edge, judged by output and exit code."""
 
 import asyncio
+import csv
 import hashlib
+import io
 import json
 import os
+import signal
 import sys
 import uuid
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,12 @@ import pytest_asyncio
 from PIL import Image
 
 from cli.stack import Stack
-from tests.e2e.caller import DEADLINE_S, PASSWORD, Edge, User, image
+from tests.e2e.caller import DEADLINE_S, PASSWORD, User, eventually, image
 from tests.e2e.conftest import Occupied
 
 GENMESH = Path(sys.executable).with_name("genmesh")
 OK, FAILED, USAGE, UNAVAILABLE, DENIED, NOT_FOUND, CREDITS, CANCELLED = range(8)
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +48,63 @@ class Shell:
 
     home: Path
     edge_url: str
+    account: dict[str, str] = field(default_factory=dict[str, str])
+    """Who signs in by environment; empty: who has signed in here."""
+
+    async def started(self, *arguments: str, **environment: str) -> asyncio.subprocess.Process:
+        """Start the command."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("GENMESH_")}
+        mine = {"HOME": str(self.home), "GENMESH_SESSION_FILE": str(self.home / "session.json"), "GENMESH_EDGE_URL": self.edge_url}
+        return await asyncio.create_subprocess_exec(
+            str(GENMESH), *arguments, cwd=self.home, env=clean | mine | self.account | environment,
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
 
     async def genmesh(self, *arguments: str, stdin: str = "", **environment: str) -> Ended:
         """Run the command to its end."""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("GENMESH_")}
-        mine = {"HOME": str(self.home), "GENMESH_SESSION_FILE": str(self.home / "session.json"), "GENMESH_EDGE_URL": self.edge_url}
-        process = await asyncio.create_subprocess_exec(
-            str(GENMESH), *arguments, cwd=self.home, env=clean | mine | environment,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        process = await self.started(*arguments, **environment)
         async with asyncio.timeout(DEADLINE_S):
             out, err = await process.communicate(stdin.encode())
         assert "Traceback" not in err.decode()
         assert process.returncode is not None
         return Ended(process.returncode, out.decode(), err.decode())
 
+    @property
+    def email(self) -> str:
+        """Who has signed in here."""
+        return json.loads((self.home / "session.json").read_text())["email"]
+
+
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory: pytest.TempPathFactory, stack: Stack) -> Shell:
+    """The administrator's shell."""
+    account = {"GENMESH_EMAIL": stack.admin_email, "GENMESH_PASSWORD": stack.admin_password}
+    return Shell(tmp_path_factory.mktemp("admin"), stack.edge_url, account)
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory, stack: Stack, operator: Shell) -> Callable[[str], Awaitable[Shell]]:
+    """Makes shells of people who have just registered, and were given so many credits by the administrator."""
+
+    async def make(amount: str) -> Shell:
+        mine = Shell(tmp_path_factory.mktemp("home"), stack.edge_url)
+        email = f"{uuid.uuid4().hex}@example.com"
+        registered = await mine.genmesh("register", "--email", email, "--password-stdin", "--json", stdin=PASSWORD + "\n")
+        assert registered.code == OK, registered.err
+        assert registered.documents[0]["email"] == email
+        granted = await operator.genmesh("admin", "grant", email, amount, "--reason", "for a test", "--json")
+        assert granted.code == OK, granted.err
+        assert granted.documents == [{"availableMillicredits": f"{Decimal(amount) * 1000:.0f}"}]
+        assert not (operator.home / "session.json").exists(), "credentials from the environment are not kept"
+        return mine
+
+    return make
+
 
 @pytest_asyncio.fixture(scope="module")
-async def shell(tmp_path_factory: pytest.TempPathFactory, edge: Edge, stack: Stack) -> Shell:
-    """Somebody who has just registered, and was given 100 credits by the administrator."""
-    mine = Shell(tmp_path_factory.mktemp("home"), stack.edge_url)
-    email = f"{uuid.uuid4().hex}@example.com"
-    registered = await mine.genmesh("register", "--email", email, "--password-stdin", "--json", stdin=PASSWORD + "\n")
-    assert registered.code == OK, registered.err
-    assert registered.documents[0]["email"] == email
-    theirs = Shell(tmp_path_factory.mktemp("admin"), stack.edge_url)
-    as_admin = {"GENMESH_EMAIL": stack.admin_email, "GENMESH_PASSWORD": stack.admin_password}
-    granted = await theirs.genmesh("admin", "grant", email, "100", "--reason", "for a test", "--json", **as_admin)
-    assert granted.code == OK, granted.err
-    assert granted.documents == [{"availableMillicredits": "100000"}]
-    assert not (theirs.home / "session.json").exists(), "credentials from the environment are not kept"
-    return mine
+async def shell(newcomer: Callable[[str], Awaitable[Shell]]) -> Shell:
+    """Somebody with 100 credits."""
+    return await newcomer("100")
 
 
 async def test_a_picture_for_people(shell: Shell) -> None:
@@ -123,7 +155,7 @@ async def test_a_job_that_waits_is_cancelled(shell: Shell, occupied: Occupied) -
 
 
 async def test_login_and_logout(shell: Shell, tmp_path: Path) -> None:
-    email = json.loads((shell.home / "session.json").read_text())["email"]
+    email = shell.email
     other = Shell(tmp_path, shell.edge_url)
     refused = await other.genmesh("login", "--email", email, "--password-stdin", stdin="wrong password\n")
     assert refused.code == DENIED
@@ -134,6 +166,124 @@ async def test_login_and_logout(shell: Shell, tmp_path: Path) -> None:
     after = await other.genmesh("whoami")
     assert after.code == DENIED
     assert "genmesh login" in after.err
+
+
+async def test_what_a_job_did_to_the_balance(newcomer: Callable[[str], Awaitable[Shell]]) -> None:
+    shell = await newcomer("10")
+    made = await shell.genmesh("generate", "image", "a tiger face", "--steps", "4", "--size", "64x64", "--out", "x.png", "--json")
+    assert made.code == OK, made.err
+    job = made.documents[-1]["job"]
+    await eventually(lambda: shell.genmesh("credits", "--json"), lambda ended: "reservedMillicredits" not in ended.out)
+    entries = (await shell.genmesh("credits", "entries", "--job", job["jobId"], "--json")).documents
+    assert {entry["kind"] for entry in entries} == {"KIND_RESERVE", "KIND_CAPTURE"}
+    assert {entry["model"] for entry in entries} == {job["spec"]["image"]["model"]}
+    shown = await shell.genmesh("credits", "entries", "--kind", "capture")
+    assert f"{job['jobId']}, {job['spec']['image']['model']}, 4 steps" in shown.out
+    assert len((await shell.genmesh("credits", "entries", "--kind", "grant", "--json")).documents) == 1
+    nothing = await shell.genmesh("credits", "entries", "--until", "2020-01-01")
+    assert (nothing.code, nothing.out) == (OK, "")
+
+    exported = await shell.genmesh("credits", "export", "--out", "entries.csv")
+    assert (exported.code, exported.out) == (OK, ""), exported.err
+    content = (shell.home / "entries.csv").read_text()
+    assert (await shell.genmesh("credits", "export")).out == content
+    rows = list(csv.DictReader(io.StringIO(content)))
+    balance = (await shell.genmesh("credits", "--json")).documents[0]
+    for account, key in (("available", "availableMillicredits"), ("reserved", "reservedMillicredits")):
+        assert sum(int(row["amount_millicredits"]) for row in rows if row["account"] == account) == int(balance.get(key, 0))
+    assert [row["reason"] for row in rows if row["kind"] == "grant"] == ["for a test"]
+
+
+async def test_a_balance_is_followed(newcomer: Callable[[str], Awaitable[Shell]], operator: Shell) -> None:
+    shell = await newcomer("1")
+    process = await shell.started("credits", "watch", "--json")
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            first = json.loads(await process.stdout.readline())
+            assert first["availableMillicredits"] == "1000"
+            assert (await operator.genmesh("admin", "grant", shell.email, "2", "--reason", "more")).code == OK
+            second = json.loads(await process.stdout.readline())
+            assert second["availableMillicredits"] == "3000"
+            assert int(second["version"]) > int(first["version"])
+            process.send_signal(signal.SIGINT)
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert (process.returncode, out) == (INTERRUPTED, b""), err
+
+
+async def test_ceilings_bound_what_is_spent(newcomer: Callable[[str], Awaitable[Shell]], operator: Shell) -> None:
+    shell = await newcomer("10")
+    assert (await shell.genmesh("credits", "ceilings")).out == ""
+    key_id = str(uuid.uuid4())
+    assert (await shell.genmesh("credits", "ceiling", key_id, "--daily", "5", "--monthly", "50")).code == OK
+    one = await shell.genmesh("credits", "ceiling", key_id, "--monthly", "none", "--json")
+    assert one.documents[0]["dailyMillicredits"] == "5000"
+    assert "monthlyMillicredits" not in one.documents[0]
+    bound = await operator.genmesh("admin", "ceiling", shell.email, "--daily", "0.1")
+    assert (bound.code, bound.out) == (OK, f"{shell.email}: at most 0.1 credits a day, no bound a month\n"), bound.err
+    listed = (await shell.genmesh("credits", "ceilings", "--json")).documents
+    assert [ceiling.get("apiKeyId") for ceiling in listed] == [None, key_id]
+    refused = await shell.genmesh("generate", "image", "x", "--steps", "4", "--size", "64x64", "--no-wait")
+    assert (refused.code, refused.out) == (CREDITS, "")
+    assert "your account may spend 0.1 credits a day" in refused.err
+    assert "it starts anew in" in refused.err
+    assert (await operator.genmesh("admin", "ceiling", shell.email, "--none")).code == OK
+    assert (await shell.genmesh("credits", "ceiling", key_id, "--none")).code == OK
+    made = await shell.genmesh("generate", "image", "x", "--steps", "4", "--size", "64x64", "--out", "x.png")
+    assert made.code == OK, made.err
+
+
+async def test_what_administrators_give_and_take(newcomer: Callable[[str], Awaitable[Shell]], operator: Shell) -> None:
+    shell = await newcomer("10")
+    grant = ("admin", "grant", shell.email, "5", "--reason", "try it", "--expires", "2999-01-01", "--request-id", str(uuid.uuid4()))
+    for _ in range(2):  # the second time nothing is given
+        granted = await operator.genmesh(*grant)
+        assert granted.code == OK, granted.err
+    assert "of that promotional  5 credits; the next expire 2999-01-01" in (await shell.genmesh("credits")).out
+    taken = await operator.genmesh("admin", "clawback", shell.email, "6", "--reason", "a mistake")
+    assert (taken.code, taken.out) == (OK, f"took back 6 credits; {shell.email} now has 9 credits\n"), taken.err
+    too_much = await operator.genmesh("admin", "clawback", shell.email, "9.001", "--reason", "a mistake")
+    assert (too_much.code, too_much.out) == (CREDITS, "")
+    account = await operator.genmesh("admin", "account", shell.email, "--json")
+    assert account.documents == [{"availableMillicredits": "9000"}]
+    assert "9 credits" in (await operator.genmesh("admin", "account", shell.email)).out
+    shown = await shell.genmesh("credits", "entries", "--kind", "clawback")
+    assert "a mistake" in shown.out
+
+    assert (await operator.genmesh("admin", "plan", shell.email, "pro")).code == OK
+    assert (await shell.genmesh("whoami", "--json")).documents[0]["plan"] == "PLAN_PRO"
+    assert (await operator.genmesh("admin", "plan", str(uuid.uuid4()), "pro")).code == NOT_FOUND
+
+
+async def test_prices_and_what_is_not_sold_here(shell: Shell, tmp_path: Path) -> None:
+    nobody = Shell(tmp_path, shell.edge_url)
+    [prices] = (await nobody.genmesh("credits", "prices", "--json")).documents
+    assert [(plan["monthlyPriceMinor"], plan["currency"]) for plan in prices["plans"] if plan["plan"] == "PLAN_PRO"] == [("4999", "USD")]
+    shown = await nobody.genmesh("credits", "prices")
+    assert "49.99 USD a month" in shown.out
+    assert "cannot be bought here" in shown.err
+    refused = await shell.genmesh("credits", "top-up", prices["packages"][0]["packageId"], "--wait")
+    assert (refused.code, refused.out) == (FAILED, "")
+    assert "no payment provider" in refused.err
+    listed = await shell.genmesh("credits", "top-ups")
+    assert (listed.code, listed.out) == (OK, "")
+
+
+async def test_the_ledger_is_audited(shell: Shell, operator: Shell) -> None:
+    audited = await operator.genmesh("admin", "ledger", "audit")
+    assert (audited.code, audited.err) == (OK, "the ledger adds up\n"), audited.out
+    assert audited.out.splitlines()[-1] == "all\t0 credits"
+    as_json = await operator.genmesh("admin", "ledger", "audit", "--json")
+    summary = as_json.documents[-1]["summary"]
+    assert "discrepancyCount" not in summary
+    assert sum(int(total["amountMillicredits"]) for total in summary["totals"]) == 0
+    assert int(summary["accountCount"]) > 0
+    refused = await shell.genmesh("admin", "ledger", "audit")
+    assert (refused.code, refused.out) == (DENIED, "")
 
 
 BAD: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -150,6 +300,10 @@ BAD: dict[str, tuple[int, tuple[str, ...]]] = {
     "job to cancel that is not there": (NOT_FOUND, ("jobs", "cancel", str(uuid.uuid4()))),
     "not an administrator": (DENIED, ("admin", "grant", str(uuid.uuid4()), "1", "--reason", "why not")),
     "amount that is none": (USAGE, ("admin", "grant", "a@example.com", "much", "--reason", "why not")),
+    "time that is none": (USAGE, ("credits", "entries", "--since", "soon")),
+    "kind that is none": (USAGE, ("credits", "export", "--kind", "bonus")),
+    "package that is none": (FAILED, ("credits", "top-up", "no-such-package")),
+    "bound that is none": (USAGE, ("credits", "ceiling", str(uuid.uuid4()), "--daily", "much")),
     "more than there is": (CREDITS, ("generate", "image", "x", "--steps", "100", "--size", "128x128", "--count", "8", "--no-wait")),
 }
 

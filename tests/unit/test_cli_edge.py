@@ -1,269 +1,31 @@
 """The command line against a real gRPC server in this process: logins, retries, watches, downloads, exit codes."""
 
-# ruff: noqa: N802  # RPC methods are named by the proto
+# RPC methods are named by the proto
 
 import hashlib
 import json
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import pytest
-from grpc_status import rpc_status
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from cli.client import Edge
 from cli.failures import CommandError, ExitCode
-from cli.main import app
 from cli.session import Session, SessionFile, SessionMemory
-from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
-from genmesh.errors.v1 import errors_pb2
-from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
-from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
+from genmesh.jobs.v1 import jobs_pb2
 from servicekit.errors import MeshError, invalid, not_found, permission_denied, precondition, unauthenticated, unavailable
+from tests.unit.fake_edge import EMAIL, FINGERPRINT, JOB_ID, PASSWORD, USER_ID, WAIT_S, FakeEdge, Reason, event, spawned
 
-JOB_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
-USER_ID = "01890a5d-ac96-774b-bcce-b302099a8058"
-EMAIL = "ann@example.com"
-PASSWORD = "correct horse battery"
-FINGERPRINT = "0123456789abcdef"
 PICTURE = b"\x89PNG not really, but bytes are bytes" * 1000
-WAIT_S = 60  # the longest that a test waits for a signal; it takes a moment on an idle machine
-
-Reason = errors_pb2.ErrorReason
-Step = jobs_pb2.WatchJobsResponse | MeshError
-
-
-class FakeEdge(
-    identity_pb2_grpc.IdentityServiceServicer,
-    identity_pb2_grpc.IdentityAdminServiceServicer,
-    jobs_pb2_grpc.JobsServiceServicer,
-    jobs_pb2_grpc.JobsAdminServiceServicer,
-    credits_pb2_grpc.CreditsServiceServicer,
-    credits_pb2_grpc.LedgerAdminServiceServicer,
-):
-    """Sessions as the gateway keeps them (a refresh token used twice ends the session); jobs follow a script."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.tokens = 0
-        self.valid: set[str] = set()
-        self.refresh_token = ""
-        self.refreshes = 0
-        self.token_life_s = 900.0
-        self.job = jobs_pb2.Job(job_id=JOB_ID, state=jobs_pb2.STATE_PENDING, estimated_cost_millicredits=20)
-        self.job.spec.image.prompt = "a tiger face"
-        self.refusals: deque[MeshError] = deque()
-        self.created: list[jobs_pb2.CreateJobRequest] = []
-        self.granted: list[credits_pb2.GrantCreditsRequest] = []
-        self.connections: deque[list[Step]] = deque()
-        self.watched: list[jobs_pb2.WatchJobsRequest] = []
-        self.watching = threading.Event()
-        self.cancelled = threading.Event()
-        self.cancel_asked = threading.Event()
-        self.stubborn = False
-        self.delete_asked: list[str] = []
-        self.pools: list[jobs_pb2.PoolStats] = []
-        self.letters_asked: list[jobs_pb2.ListDeadLettersRequest] = []
-        self.requeue_asked: list[jobs_pb2.RequeueDeadLetterRequest] = []
-        self.requeued = jobs_pb2.RequeueDeadLetterResponse()
-        self.url = ""
-
-    # Identity
-
-    def _issue(self) -> dict[str, Any]:
-        self.tokens += 1
-        access, self.refresh_token = f"access-{self.tokens}", f"refresh-{self.tokens}"
-        self.valid.add(access)
-        user = identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE)
-        fields: dict[str, Any] = {"access_token": access, "refresh_token": self.refresh_token, "user": user}
-        return fields
-
-    def _check(self, context: grpc.ServicerContext) -> None:
-        given = dict(context.invocation_metadata()).get("authorization", "")
-        if str(given).removeprefix("Bearer ") not in self.valid:
-            refuse(context, unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token has expired"))
-
-    def SignIn(self, request: identity_pb2.SignInRequest, context: grpc.ServicerContext) -> identity_pb2.SignInResponse:
-        with self.lock:
-            if (request.password.email, request.password.password) != (EMAIL, PASSWORD):
-                refuse(context, unauthenticated(Reason.ERROR_REASON_BAD_CREDENTIALS, "e-mail or password is wrong"))
-            response = identity_pb2.SignInResponse(**self._issue())
-        response.expire_time.FromNanoseconds(int((time.time() + self.token_life_s) * 1e9))
-        return response
-
-    def RefreshSession(
-        self, request: identity_pb2.RefreshSessionRequest, context: grpc.ServicerContext
-    ) -> identity_pb2.RefreshSessionResponse:
-        with self.lock:
-            self.refreshes += 1
-            if request.refresh_token != self.refresh_token:
-                self.valid.clear()
-                self.refresh_token = ""
-                refuse(context, unauthenticated(Reason.ERROR_REASON_REFRESH_TOKEN_INVALID, "sign in again"))
-            response = identity_pb2.RefreshSessionResponse(**self._issue())
-        response.expire_time.FromNanoseconds(int((time.time() + 900) * 1e9))
-        return response
-
-    def SignOut(self, request: identity_pb2.SignOutRequest, context: grpc.ServicerContext) -> identity_pb2.SignOutResponse:
-        self._check(context)
-        self.refresh_token = ""
-        return identity_pb2.SignOutResponse()
-
-    def GetMe(self, request: identity_pb2.GetMeRequest, context: grpc.ServicerContext) -> identity_pb2.GetMeResponse:
-        self._check(context)
-        return identity_pb2.GetMeResponse(user=identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE))
-
-    def ListUsers(self, request: identity_pb2.ListUsersRequest, context: grpc.ServicerContext) -> identity_pb2.ListUsersResponse:
-        self._check(context)
-        if self.refusals:
-            refuse(context, self.refusals.popleft())
-        users = [identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE)]
-        return identity_pb2.ListUsersResponse(users=[user for user in users if request.email.lower() in {"", user.email}])
-
-    # Credits
-
-    def GetBalance(self, request: credits_pb2.GetBalanceRequest, context: grpc.ServicerContext) -> credits_pb2.GetBalanceResponse:
-        self._check(context)
-        return credits_pb2.GetBalanceResponse(available_millicredits=980, reserved_millicredits=20)
-
-    def GrantCredits(self, request: credits_pb2.GrantCreditsRequest, context: grpc.ServicerContext) -> credits_pb2.GrantCreditsResponse:
-        self._check(context)
-        self.granted.append(request)
-        return credits_pb2.GrantCreditsResponse(available_millicredits=request.amount_millicredits)
-
-    # Jobs
-
-    def CreateJob(self, request: jobs_pb2.CreateJobRequest, context: grpc.ServicerContext) -> jobs_pb2.CreateJobResponse:
-        self._check(context)
-        self.created.append(request)
-        if self.refusals:
-            refuse(context, self.refusals.popleft())
-        return jobs_pb2.CreateJobResponse(job=self.job)
-
-    def GetJob(self, request: jobs_pb2.GetJobRequest, context: grpc.ServicerContext) -> jobs_pb2.GetJobResponse:
-        self._check(context)
-        if request.job_id != JOB_ID:
-            refuse(context, not_found("job"))
-        return jobs_pb2.GetJobResponse(job=self.job)
-
-    def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: grpc.ServicerContext) -> jobs_pb2.ListJobsResponse:
-        self._check(context)
-        if self.refusals:
-            refuse(context, self.refusals.popleft())
-        # 450 jobs; the token is the number of the first job of the page.
-        first = int(request.page_token or 0)
-        last = min(first + min(request.page_size or 50, 200), 450)
-        found = [jobs_pb2.Job(job_id=str(number), state=jobs_pb2.STATE_COMPLETED) for number in range(first, last)]
-        return jobs_pb2.ListJobsResponse(jobs=found, next_page_token=str(last) if last < 450 else "")
-
-    def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: grpc.ServicerContext) -> jobs_pb2.CancelJobResponse:
-        self._check(context)
-        self.cancel_asked.set()
-        if self.stubborn:
-            return jobs_pb2.CancelJobResponse(job=self.job)
-        self.job.state = jobs_pb2.STATE_CANCELLED
-        self.job.cost_millicredits = 7
-        self.cancelled.set()
-        return jobs_pb2.CancelJobResponse(job=self.job)
-
-    def RetryJob(self, request: jobs_pb2.RetryJobRequest, context: grpc.ServicerContext) -> jobs_pb2.RetryJobResponse:
-        self._check(context)
-        if self.refusals:
-            refuse(context, self.refusals.popleft())
-        if self.job.state != jobs_pb2.STATE_FAILED:
-            refuse(context, precondition(Reason.ERROR_REASON_JOB_NOT_FAILED, "the job has not failed", {"state": "STATE_PENDING"}))
-        self.job.state = jobs_pb2.STATE_PENDING
-        self.job.retry_count += 1
-        return jobs_pb2.RetryJobResponse(job=self.job)
-
-    def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: grpc.ServicerContext) -> jobs_pb2.DeleteJobResponse:
-        self._check(context)
-        self.delete_asked.append(request.job_id)
-        if request.job_id == JOB_ID:
-            refuse(context, precondition(Reason.ERROR_REASON_JOB_NOT_TERMINAL, "the job has not ended", {"state": "STATE_PENDING"}))
-        receipt = jobs_pb2.DeletionReceipt(job_id=request.job_id, object_count=2, size_bytes=12345, media_pending=request.job_id == "b")
-        return jobs_pb2.DeleteJobResponse(receipt=receipt)
-
-    # What operators see of the jobs
-
-    def GetQueueStats(self, request: jobs_pb2.GetQueueStatsRequest, context: grpc.ServicerContext) -> jobs_pb2.GetQueueStatsResponse:
-        self._check(context)
-        return jobs_pb2.GetQueueStatsResponse(pools=self.pools)
-
-    def ListDeadLetters(self, request: jobs_pb2.ListDeadLettersRequest, context: grpc.ServicerContext) -> jobs_pb2.ListDeadLettersResponse:
-        self._check(context)
-        self.letters_asked.append(request)
-        # 300 failed jobs; the token is the number of the first one of the page.
-        first = int(request.page_token or 0)
-        last = min(first + min(request.page_size or 50, 200), 300)
-        letters = [
-            jobs_pb2.DeadLetter(
-                job_id=str(number),
-                owner_id=USER_ID,
-                model="sd-tiny",
-                reason="ERROR_REASON_STORE_FAILED",
-                message="the store is\x1b[2J away",
-                fingerprint=FINGERPRINT,
-                attempt=3,
-                retry_count=1,
-                worker_id="w1",
-                hold=jobs_pb2.DeadLetter.HOLD_RELEASED,
-                estimated_cost_millicredits=20,
-            )
-            for number in range(first, last)
-        ]
-        return jobs_pb2.ListDeadLettersResponse(dead_letters=letters, next_page_token=str(last) if last < 300 else "")
-
-    def RequeueDeadLetter(
-        self, request: jobs_pb2.RequeueDeadLetterRequest, context: grpc.ServicerContext
-    ) -> jobs_pb2.RequeueDeadLetterResponse:
-        self._check(context)
-        self.requeue_asked.append(request)
-        if self.refusals:
-            refuse(context, self.refusals.popleft())
-        return self.requeued
-
-    def WatchJobs(self, request: jobs_pb2.WatchJobsRequest, context: grpc.ServicerContext) -> Iterator[jobs_pb2.WatchJobsResponse]:
-        self._check(context)
-        self.watched.append(request)
-        if not self.connections:  # nothing scripted: a job that runs until it is cancelled
-            yield jobs_pb2.WatchJobsResponse(snapshot=self.job, resume_token="s")
-            self.watching.set()
-            assert self.cancelled.wait(WAIT_S)
-            yield event(9, state_change=jobs_pb2.StateChange(state=self.job.state, job=self.job))
-            return
-        for step in self.connections.popleft():
-            if isinstance(step, MeshError):
-                if step.reason == Reason.ERROR_REASON_TOKEN_EXPIRED:
-                    self.valid.clear()
-                refuse(context, step)
-            if step.event.HasField("state_change"):
-                self.job.CopyFrom(step.event.state_change.job)
-            yield step
-
-
-def refuse(context: grpc.ServicerContext, error: MeshError) -> NoReturn:
-    context.abort_with_status(rpc_status.to_status(error.to_status()))
-    raise AssertionError  # the line above raises
-
-
-def event(sequence: int, **payload: Any) -> jobs_pb2.WatchJobsResponse:
-    return jobs_pb2.WatchJobsResponse(
-        event=jobs_pb2.JobEvent(job_id=JOB_ID, sequence=sequence, attempt=1, **payload), resume_token=f"t{sequence}"
-    )
 
 
 def progress(sequence: int, step: int) -> jobs_pb2.WatchJobsResponse:
@@ -274,54 +36,6 @@ def ended(sequence: int, state: "jobs_pb2.State.ValueType", *assets: jobs_pb2.As
     job = jobs_pb2.Job(job_id=JOB_ID, state=state, assets=assets, cost_millicredits=cost)
     job.spec.image.prompt = "a tiger face"
     return event(sequence, state_change=jobs_pb2.StateChange(state=state, job=job))
-
-
-@pytest.fixture
-def fake() -> Generator[FakeEdge]:
-    edge = FakeEdge()  # pyright: ignore[reportAbstractUsage]  # what it lacks answers UNIMPLEMENTED
-    with ThreadPoolExecutor(16) as pool:
-        server = grpc.server(pool)
-        identity_pb2_grpc.add_IdentityServiceServicer_to_server(edge, server)
-        identity_pb2_grpc.add_IdentityAdminServiceServicer_to_server(edge, server)
-        jobs_pb2_grpc.add_JobsServiceServicer_to_server(edge, server)
-        jobs_pb2_grpc.add_JobsAdminServiceServicer_to_server(edge, server)
-        credits_pb2_grpc.add_CreditsServiceServicer_to_server(edge, server)
-        credits_pb2_grpc.add_LedgerAdminServiceServicer_to_server(edge, server)
-        edge.url = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-        server.start()
-        try:
-            yield edge
-        finally:
-            edge.cancelled.set()  # lets a handler that still waits go
-            server.stop(None).wait()
-
-
-@pytest.fixture
-def session_path(tmp_path: Path) -> Path:
-    return tmp_path / "config" / "session.json"
-
-
-@pytest.fixture
-def environment(fake: FakeEdge, session_path: Path) -> dict[str, str | None]:
-    ours: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GENMESH_")}
-    return ours | {"GENMESH_EDGE_URL": fake.url, "GENMESH_SESSION_FILE": str(session_path)}
-
-
-@pytest.fixture
-def genmesh(environment: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, stdin: str = "", **more: str) -> Result:
-        return CliRunner().invoke(app, arguments, input=stdin, env=environment | more)
-
-    return run
-
-
-@pytest.fixture
-def signed_in(genmesh: Callable[..., Result]) -> Callable[..., Result]:
-    result = genmesh("login", "--email", EMAIL, "--password-stdin", stdin=f"{PASSWORD}\n")
-    assert result.exit_code == 0, result.output
-    return genmesh
 
 
 class Store(BaseHTTPRequestHandler):
@@ -608,17 +322,6 @@ def test_how_a_job_ends_is_the_exit_code(
     assert "nothing was charged" in result.stderr
     fake.connections.append([ended(1, state, cost=0)])
     assert signed_in("watch", JOB_ID).exit_code == code
-
-
-@contextmanager
-def spawned(environment: dict[str, str | None], *arguments: str) -> Generator[subprocess.Popen[str]]:
-    kept = {name: value for name, value in (os.environ | environment).items() if value is not None}
-    command = [sys.executable, "-c", "from cli.main import app; app()", *arguments]
-    with subprocess.Popen(command, env=kept, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def test_ctrl_c_cancels_and_says_what_it_cost(signed_in: Callable[..., Result], fake: FakeEdge, environment: dict[str, str | None]) -> None:

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
+from cli.amounts import credits_text, money_text, seconds_text, time_text, utc_text
 from cli.client import EdgeAddress
 from cli.download import slug, target_paths
 from cli.failures import CommandError, ExitCode, printable
+from cli.inputs import parse_bound, parse_credits, parse_size, parse_time
 from cli.output import (
     PREVIEW_COLUMNS,
     HalfBlocks,
@@ -20,13 +22,8 @@ from cli.output import (
     JobViews,
     LineDisplay,
     LiveDisplay,
-    credits_text,
     decode_preview,
-    parse_credits,
-    parse_size,
     reason_text,
-    seconds_text,
-    time_text,
 )
 from genmesh.jobs.v1 import jobs_pb2
 
@@ -61,11 +58,64 @@ def test_credits_read_back_what_they_show(millicredits: int) -> None:
     assert parse_credits(credits_text(millicredits).split()[0]) == millicredits
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "0.0001", "NaN", "Infinity", "ten", "", "1,5"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "0.0001", "NaN", "Infinity", "ten", "", "1,5", "1e99999999", "1e999999999999", "9223372036854775.808", "9" * 5000]
+)
 def test_what_is_no_amount_is_bad_usage(text: str) -> None:
     with pytest.raises(CommandError) as raised:
         parse_credits(text)
     assert raised.value.code == ExitCode.USAGE
+
+
+def test_bounds_may_be_zero_or_none() -> None:
+    assert [parse_bound(text) for text in ("0", "2.5", "none", "NONE")] == [0, 2500, None, None]
+    for text in ("-1", "", "nothing"):
+        with pytest.raises(CommandError):
+            parse_bound(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "utc"),
+    [
+        ("2026-07-01", "2026-07-01T00:00:00.000000Z"),
+        ("2026-07-01T08:30:00+02:00", "2026-07-01T06:30:00.000000Z"),
+        (" 2026-07-01t08:30:00.123456789z ", "2026-07-01T08:30:00.123456Z"),
+        ("2026-07-01 23:30:00-01:00", "2026-07-02T00:30:00.000000Z"),
+        ("0001-01-02", "0001-01-02T00:00:00.000000Z"),
+    ],
+)
+def test_times_are_read(text: str, utc: str) -> None:
+    assert utc_text(parse_time(text)) == utc
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "now",
+            "2026-7-1",
+            "20260701",
+            "2026-W01-1",
+            "2026-13-01",
+            "2026-02-29",
+            "2026-07-01T08:30",
+            "2026-07-01T08:30:00",
+            "1790000000",
+        ),
+        *("2026-07-01T24:00:01Z", "2026-07-01T08:30:00+25:00", "0001-01-01T00:00:00+02:00", "٢٠٢٦-07-01", "2026-07-01T08:30:00Z extra"),
+    ],
+)
+def test_what_is_no_time_is_bad_usage(text: str) -> None:
+    with pytest.raises(CommandError) as raised:
+        parse_time(text)
+    assert raised.value.code == ExitCode.USAGE
+
+
+def test_money_has_the_digits_of_its_currency() -> None:
+    assert [money_text(amount, currency) for amount, currency in ((4999, "USD"), (5, "EUR"), (0, "USD"), (500, "JPY"), (1234, "KWD"))] == [
+        *("49.99 USD", "0.05 EUR", "0.00 USD", "500 JPY", "1.234 KWD"),
+    ]
 
 
 def test_credits_are_exact_and_plain() -> None:
@@ -282,3 +332,4 @@ def test_many_jobs_are_rows_and_markup_in_prompts_is_text() -> None:
 
 def test_seconds() -> None:
     assert [seconds_text(seconds) for seconds in (-1, 0.4, 59.4, 60, 75.2)] == ["0 s", "0 s", "59 s", "1 min 0 s", "1 min 15 s"]
+    assert [seconds_text(seconds) for seconds in (3599, 11_000, 86_400, 2_000_000)] == ["59 min 59 s", "3 h 3 min", "1 d 0 h", "23 d 3 h"]

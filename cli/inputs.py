@@ -1,0 +1,61 @@
+"""What people type, read: amounts of credits, sizes, times. What is none of these is a CommandError (usage)."""
+
+import re
+from datetime import UTC, datetime
+from decimal import Decimal, DecimalException
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from cli.amounts import MILLICREDITS
+from cli.failures import usage
+
+SIZE_MAX = 4096
+MILLICREDITS_MAX = 2**63 - 1  # what the wire carries
+
+_DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
+_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def parse_credits(text: str, *, zero: bool = False) -> int:
+    """`1.5` → 1500 millicredits. Raises CommandError when it is no positive amount (or `zero`) of whole millicredits."""
+    try:
+        millicredits = Decimal(text) * MILLICREDITS
+        # Bounded first: the int of a number like 1e99999999 would take for ever.
+        if not (0 if zero else 1) <= millicredits <= MILLICREDITS_MAX or millicredits != int(millicredits):
+            raise ValueError
+    except (DecimalException, ValueError):
+        positive = "a number, 0 or more," if zero else "a positive number"
+        raise usage(f"not an amount of credits: {text!r}", f"give {positive} with at most three decimals, for example 12.5") from None
+    return int(millicredits)
+
+
+def parse_bound(text: str) -> int | None:
+    """`none` → no bound; else an amount of credits, 0 included. Raises CommandError."""
+    return None if text.strip().lower() == "none" else parse_credits(text, zero=True)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`64x48` → (64, 48); `64` → (64, 64). Raises CommandError."""
+    match = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
+    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not (0 < width <= SIZE_MAX and 0 < height <= SIZE_MAX):
+        raise usage(f"not a size: {text!r}", f"give WIDTHxHEIGHT in pixels, for example 64x64, at most {SIZE_MAX}")
+    return width, height
+
+
+def parse_time(text: str) -> Timestamp:
+    """`2026-07-01` (midnight UTC) or RFC 3339 with its offset. Raises CommandError."""
+    text = text.strip()
+    timestamp = Timestamp()
+    try:
+        if _DATE.fullmatch(text):
+            timestamp.FromDatetime(datetime.fromisoformat(text).replace(tzinfo=UTC))
+        elif _RFC_3339.fullmatch(text):
+            timestamp.FromDatetime(datetime.fromisoformat(text.upper()).astimezone(UTC))
+        else:
+            raise ValueError
+    except (ValueError, OverflowError):  # no such day or hour; a time before year 1 or after 9999
+        raise usage(
+            f"not a time: {text!r}", "give a date (midnight UTC) or RFC 3339, for example 2026-07-01 or 2026-07-01T08:30:00+02:00"
+        ) from None
+    return timestamp
