@@ -34,8 +34,8 @@ UNION ALL SELECT 'media of deleted job ' || job_id FROM jobs.deletions
 """
 
 MONEY = {
-    # 1. The books.
-    "the ledger's own audit": "SELECT problem || ' ' || subject FROM credits.discrepancies",
+    # 1. The books, as `genmesh admin ledger audit` sees them.
+    "the books": "SELECT problem || ' ' || subject FROM credits.discrepancies",
     "entries do not sum to zero": "SELECT sum(amount_millicredits)::text FROM credits.entries HAVING sum(amount_millicredits) <> 0",
     "negative balance": """
         SELECT user_id::text FROM credits.accounts WHERE available_millicredits < 0 OR reserved_millicredits < 0""",
@@ -87,7 +87,8 @@ async def check(mesh: Mesh, witnesses: Sequence[Witness] = (), *, connection: "a
     """Everything that is wrong, in words; all is to be drained before. `connection`: look with this one (in its transaction)."""
     if connection is None:
         async with mesh.controls.superuser() as own:
-            return await check(mesh, witnesses, connection=own)
+            audited = [f"the ledger's own audit: {finding}" for finding in await mesh.audit()]
+            return audited + await check(mesh, witnesses, connection=own)
     violations: list[str] = []
     for name, query in MONEY.items():
         violations += [f"{name}: {row[0]}" for row in await connection.fetch(query)]

@@ -23,7 +23,19 @@ from gateway.tokens import SigningKeys
 from genmesh.credits.v1 import credits_pb2
 from genmesh.identity.v1 import identity_pb2
 from genmesh.jobs.v1 import jobs_pb2
-from tests.e2e.caller import CREATE_JOB, GRANT_CREDITS, PASSWORD, REGISTER_USER, SIGN_IN, Edge, Refusal, User, submission
+from tests.e2e.caller import (
+    AUDIT_LEDGER,
+    CREATE_JOB,
+    GRANT_CREDITS,
+    PASSWORD,
+    REGISTER_USER,
+    SIGN_IN,
+    UPDATE_USER,
+    Edge,
+    Refusal,
+    User,
+    submission,
+)
 from tests.faults import launcher
 from tests.faults.controls import Controls
 
@@ -38,6 +50,7 @@ STREAMS_A_CHANNEL = 80
 RESTART_PAUSE_MAX_S = 0.5
 """The supervisor's pauses grow with every death of a process; here processes die all the time, and tests would wait for that."""
 CALL_TIMEOUT_S = 8.0
+TOKEN_LIFE_S = 60.0
 """Deadline of a call that a fault may swallow; then it is made again."""
 PATIENCE_S = 90.0
 """How long a client goes on trying: far more than any fault lasts."""
@@ -108,10 +121,11 @@ class Mesh:
         """A user with so many millicredits; `pro`: on the paid plan."""
         email = f"{uuid.uuid4().hex}@example.com"
         await self.edge.call(REGISTER_USER, identity_pb2.RegisterUserRequest(email=email, password=PASSWORD))
-        if pro:
-            # No RPC changes a plan yet.
-            await self.database.execute("UPDATE gateway.users SET plan = 'PLAN_PRO' WHERE email = $1", email)
         user = await sign_in(self.edge, email, PASSWORD)
+        if pro:
+            change = identity_pb2.UpdateUserRequest(user_id=user.user_id, plan=identity_pb2.PLAN_PRO)
+            await self.until(self._admin, TOKEN_LIFE_S).call(UPDATE_USER, change)
+            user = await sign_in(self.edge, email, PASSWORD)
         if millicredits:
             grant = credits_pb2.GrantCreditsRequest(
                 request_id=str(uuid.uuid4()), user_id=user.user_id, amount_millicredits=millicredits, reason="for a fault test"
@@ -182,6 +196,19 @@ class Mesh:
             assert time.monotonic() < deadline, f"never came; the row is {dict(row)}"
             await asyncio.sleep(POLL_S / 5)
         return row
+
+    async def audit(self) -> list[str]:
+        """What the ledger's own audit finds, as an administrator asks for it."""
+
+        async def ask() -> list[str]:
+            *found, last = [
+                message async for message in self.until(self._admin, TOKEN_LIFE_S).stream(AUDIT_LEDGER, credits_pb2.AuditLedgerRequest())
+            ]
+            assert last.HasField("summary"), "the audit did not come to its end"
+            assert sum(int(total.amount_millicredits) for total in last.summary.totals) == 0, last.summary
+            return [f"{one.discrepancy.problem} {one.discrepancy.subject}" for one in found if one.HasField("discrepancy")]
+
+        return await self.patiently(ask)
 
     async def well(self) -> None:
         """Wait until every process is healthy."""
