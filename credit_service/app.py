@@ -132,7 +132,8 @@ async def serve(settings: CreditSettings, stop: asyncio.Event) -> None:
         stack.enter_context(HttpServer(settings.metrics_address, {"/metrics": metrics_page}))
         engine = create_engine(settings)
         stack.push_async_callback(engine.dispose)
-        feed = BalanceFeed(engine)
+        # Watches are RPCs in flight: they leave room for those that move credits.
+        feed = BalanceFeed(engine, watches_max=settings.max_concurrent_rpcs // 2)
         prices = load_prices(settings.prices_file)
         payments = stack.enter_context(build_payments(settings))
         keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))

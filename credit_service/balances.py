@@ -126,6 +126,8 @@ class BalanceFeed:
         self._unsent_everybody = False
         self._unsent_came = asyncio.Event()
         self._draining = False
+        self._server_process_id = 0
+        """PostgreSQL's process that serves the listening connection: what it says was said here."""
         self.listening = asyncio.Event()
         """Set while changes made by other processes are heard of."""
 
@@ -138,6 +140,14 @@ class BalanceFeed:
         if not self._unsent_everybody:
             self._unsent.add(user_id)
         self._unsent_came.set()
+
+    @contextmanager
+    def changing(self, user_id: UUID) -> Generator[None]:
+        """Say that a user's balance has changed when the block ends, however it ends: a caller may go away after the commit."""
+        try:
+            yield
+        finally:
+            self.changed(user_id)
 
     async def watch(self, user_id: UUID, *, expire_time: float | None) -> AsyncGenerator[Balance]:
         """A user's balance as it is now, then whenever it has changed, and after every silence of the checkpoint interval.
@@ -259,6 +269,7 @@ class BalanceFeed:
         options |= {"timeout": database.CONNECT_TIMEOUT_S, "command_timeout": COMMAND_TIMEOUT_S}
         connection = await asyncpg.connect(**options, server_settings={"application_name": LISTENER})
         try:
+            self._server_process_id = connection.get_server_pid()
             connection.add_termination_listener(lambda _: self._unsent_came.set())
             await connection.add_listener(CHANNEL, self._heard)
             # Nobody knows what was said while this process did not listen.
@@ -291,8 +302,8 @@ class BalanceFeed:
             raise
         await asyncio.sleep(NOTIFY_INTERVAL_S)
 
-    def _heard(self, connection: asyncpg.Connection, process_id: int, channel: str, payload: str) -> None:
-        if process_id == connection.get_server_pid() or not self._watchers:
+    def _heard(self, _connection: object, server_process_id: int, _channel: str, payload: str) -> None:
+        if server_process_id == self._server_process_id or not self._watchers:
             return
         try:
             self._ask(tuple(self._watchers) if payload == EVERYBODY else map(UUID, payload.split(",")))

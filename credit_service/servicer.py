@@ -119,17 +119,17 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
     async def GrantCredits(self, request: pb.GrantCreditsRequest, context: Context) -> pb.GrantCreditsResponse:
         """See LedgerAdminService."""
         user_id = UUID(request.user_id)
-        async with transaction(self._engine) as connection:
-            answer = await store.grant(
-                connection,
-                actor_id=ledger.user_id_of(current_user_id()),
-                request_id=UUID(request.request_id),
-                user_id=user_id,
-                amount_millicredits=request.amount_millicredits,
-                reason=request.reason,
-                expire_time=_moment("expire_time", request.expire_time) if request.HasField("expire_time") else None,
-            )
-        self._feed.changed(user_id)
+        with self._feed.changing(user_id):
+            async with transaction(self._engine) as connection:
+                answer = await store.grant(
+                    connection,
+                    actor_id=ledger.user_id_of(current_user_id()),
+                    request_id=UUID(request.request_id),
+                    user_id=user_id,
+                    amount_millicredits=request.amount_millicredits,
+                    reason=request.reason,
+                    expire_time=_moment("expire_time", request.expire_time) if request.HasField("expire_time") else None,
+                )
         balance = ledger.granted(answer)
         return pb.GrantCreditsResponse(
             available_millicredits=balance.available_millicredits, reserved_millicredits=balance.reserved_millicredits
@@ -138,16 +138,16 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
     async def ClawbackCredits(self, request: pb.ClawbackCreditsRequest, context: Context) -> pb.ClawbackCreditsResponse:
         """See LedgerAdminService."""
         user_id = UUID(request.user_id)
-        async with transaction(self._engine) as connection:
-            answer = await store.clawback(
-                connection,
-                actor_id=ledger.user_id_of(current_user_id()),
-                request_id=UUID(request.request_id),
-                user_id=user_id,
-                amount_millicredits=request.amount_millicredits,
-                reason=request.reason,
-            )
-        self._feed.changed(user_id)
+        with self._feed.changing(user_id):
+            async with transaction(self._engine) as connection:
+                answer = await store.clawback(
+                    connection,
+                    actor_id=ledger.user_id_of(current_user_id()),
+                    request_id=UUID(request.request_id),
+                    user_id=user_id,
+                    amount_millicredits=request.amount_millicredits,
+                    reason=request.reason,
+                )
         balance = ledger.taken_back(answer, amount_millicredits=request.amount_millicredits)
         return pb.ClawbackCreditsResponse(
             available_millicredits=balance.available_millicredits, reserved_millicredits=balance.reserved_millicredits
@@ -204,18 +204,18 @@ class LedgerServicer(pb_grpc.LedgerServiceServicer):
     async def ReserveCredits(self, request: pb.ReserveCreditsRequest, context: Context) -> pb.ReserveCreditsResponse:
         """See LedgerService."""
         user_id = UUID(request.user_id)
-        async with transaction(self._engine) as connection:
-            answer = await store.reserve(
-                connection,
-                reservation_id=UUID(request.reservation_id),
-                job_id=UUID(request.job_id or request.reservation_id),
-                user_id=user_id,
-                amount_millicredits=request.amount_millicredits,
-                ttl=request.ttl.ToTimedelta(),
-                model=request.model,
-                api_key_id=_api_key_id(request.api_key_id) if request.api_key_id else None,
-            )
-        self._feed.changed(user_id)
+        with self._feed.changing(user_id):
+            async with transaction(self._engine) as connection:
+                answer = await store.reserve(
+                    connection,
+                    reservation_id=UUID(request.reservation_id),
+                    job_id=UUID(request.job_id or request.reservation_id),
+                    user_id=user_id,
+                    amount_millicredits=request.amount_millicredits,
+                    ttl=request.ttl.ToTimedelta(),
+                    model=request.model,
+                    api_key_id=_api_key_id(request.api_key_id) if request.api_key_id else None,
+                )
         reservation = ledger.reserved(answer, amount_millicredits=request.amount_millicredits)
         return pb.ReserveCreditsResponse(reservation=_reservation(reservation))
 

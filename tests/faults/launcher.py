@@ -42,6 +42,11 @@ POINTS: dict[str, tuple[str, str, str, str]] = {
     # After the ledger has committed, before its caller hears of it.
     "hold-committed": ("credit_service", "credit_service.servicer", "LedgerServicer.ReserveCredits", AFTER),
     "capture-committed": ("credit_service", "credit_service.servicer", "LedgerServicer.CaptureReservation", AFTER),
+    "grant-committed": ("credit_service", "credit_service.servicer", "LedgerAdminServicer.GrantCredits", AFTER),
+    "clawback-committed": ("credit_service", "credit_service.servicer", "LedgerAdminServicer.ClawbackCredits", AFTER),
+    "ceiling-committed": ("credit_service", "credit_service.servicer", "LedgerAdminServicer.SetUserCeiling", AFTER),
+    # After a member got the credits of a month, before anybody hears of it and the round is over.
+    "month-granted": ("credit_service", "credit_service.store", "grant_plan", AFTER),
     "release-committed": ("credit_service", "credit_service.servicer", "LedgerServicer.ReleaseReservation", AFTER),
 }
 """Name → the processes that have it, module, function, and whether the process ends before the function or after it."""

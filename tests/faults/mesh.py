@@ -16,6 +16,7 @@ import asyncpg
 import grpc
 import httpx
 import jwt
+from google.protobuf.message import Message
 
 from cli.stack import Stack, StackSettings, supervisor
 from cli.stack.process import ProcessSpec
@@ -32,6 +33,7 @@ from tests.e2e.caller import (
     SIGN_IN,
     UPDATE_USER,
     Edge,
+    Method,
     Refusal,
     User,
     submission,
@@ -41,6 +43,7 @@ from tests.faults.controls import Controls
 
 LEASE_S = 2.0
 CHECKPOINT_INTERVAL_S = 0.5
+PLAN_GRANT_INTERVAL_S = 0.5
 REPLICAS = 2
 WORKERS = tuple(f"dispatch-{index}" for index in range(REPLICAS))
 PLENTY = 100_000_000
@@ -67,6 +70,8 @@ TRANSIENT = frozenset(
 )
 """Refusals after which a client makes the same call again."""
 
+Request = TypeVar("Request", bound=Message)
+Response = TypeVar("Response", bound=Message)
 Value = TypeVar("Value")
 
 
@@ -123,15 +128,18 @@ class Mesh:
         await self.edge.call(REGISTER_USER, identity_pb2.RegisterUserRequest(email=email, password=PASSWORD))
         user = await sign_in(self.edge, email, PASSWORD)
         if pro:
-            change = identity_pb2.UpdateUserRequest(user_id=user.user_id, plan=identity_pb2.PLAN_PRO)
-            await self.until(self._admin, TOKEN_LIFE_S).call(UPDATE_USER, change)
+            await self.as_admin(UPDATE_USER, identity_pb2.UpdateUserRequest(user_id=user.user_id, plan=identity_pb2.PLAN_PRO))
             user = await sign_in(self.edge, email, PASSWORD)
         if millicredits:
             grant = credits_pb2.GrantCreditsRequest(
                 request_id=str(uuid.uuid4()), user_id=user.user_id, amount_millicredits=millicredits, reason="for a fault test"
             )
-            await self._admin.call(GRANT_CREDITS, grant)
+            await self.as_admin(GRANT_CREDITS, grant)
         return user
+
+    async def as_admin(self, method: Method[Request, Response], request: Request) -> Response:
+        """A call of the administrator's, until it is answered or refused for good."""
+        return await self.patiently(lambda: self.until(self._admin, TOKEN_LIFE_S).call(method, request))
 
     def until(self, user: User, seconds: float) -> User:
         """The user with an access token that ends so soon, signed with the gateway's own key."""
@@ -227,7 +235,11 @@ async def sign_in(edge: Edge, email: str, password: str) -> User:
 async def running(directory: Path) -> AsyncGenerator[Mesh]:
     """A mesh on a state directory; everything is gone afterwards."""
     settings = StackSettings(state_dir=directory, edge_port=0, edge_tls_port=0, replicas_inference=REPLICAS, drain_s=1.0)
-    environment = {"GENMESH_LEASE_SECONDS": str(LEASE_S), "GENMESH_CHECKPOINT_INTERVAL_S": str(CHECKPOINT_INTERVAL_S)}
+    environment = {
+        "GENMESH_LEASE_SECONDS": str(LEASE_S),
+        "GENMESH_CHECKPOINT_INTERVAL_S": str(CHECKPOINT_INTERVAL_S),
+        "GENMESH_PLAN_GRANT_INTERVAL_S": str(PLAN_GRANT_INTERVAL_S),
+    }
     pause_max_s, supervisor.BACKOFF_MAX_S = supervisor.BACKOFF_MAX_S, RESTART_PAUSE_MAX_S
     try:
         async with AsyncExitStack() as resources:

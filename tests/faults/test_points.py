@@ -7,8 +7,10 @@ import uuid
 import asyncpg
 import pytest
 
+from genmesh.credits.v1 import credits_pb2, payments_pb2
+from genmesh.identity.v1 import identity_pb2
 from genmesh.jobs.v1 import jobs_pb2
-from tests.e2e.caller import CREATE_JOB, Refusal, User, refused, submission
+from tests.e2e.caller import CLAWBACK_CREDITS, CREATE_JOB, GRANT_CREDITS, LIST_PRICES, SET_USER_CEILING, Refusal, User, refused, submission
 from tests.faults.conftest import NewWitness, quick
 from tests.faults.mesh import WORKERS, Mesh
 
@@ -114,6 +116,45 @@ async def test_the_reply_to_a_release_is_lost(mesh: Mesh, alice: User) -> None:
         mesh.controls.thaw(worker)
     await mesh.well()
     assert await mesh.patiently(alice.settled) == before
+
+
+@pytest.mark.parametrize("point", ["grant-committed", "clawback-committed"])
+async def test_the_reply_to_an_administrator_is_lost(mesh: Mesh, point: str) -> None:
+    user = await mesh.new_user(1_000)
+    mesh.controls.arm("credits", point)
+    request_id, reason = str(uuid.uuid4()), "for a fault test"
+    if point == "grant-committed":
+        given = credits_pb2.GrantCreditsRequest(request_id=request_id, user_id=user.user_id, amount_millicredits=300, reason=reason)
+        available = (await mesh.as_admin(GRANT_CREDITS, given)).available_millicredits
+    else:
+        taken = credits_pb2.ClawbackCreditsRequest(request_id=request_id, user_id=user.user_id, amount_millicredits=300, reason=reason)
+        available = (await mesh.as_admin(CLAWBACK_CREDITS, taken)).available_millicredits
+    assert mesh.controls.strikes("credits", point) == 1
+    expected = 1_300 if point == "grant-committed" else 700
+    assert available == expected, "the retry got the answer of the first time"
+    assert await mesh.patiently(user.balance) == (expected, 0)
+
+
+async def test_a_ceiling_stands_though_its_reply_is_lost(mesh: Mesh) -> None:
+    user = await mesh.new_user(1_000_000)
+    mesh.controls.arm("credits", "ceiling-committed")
+    await mesh.as_admin(SET_USER_CEILING, credits_pb2.SetUserCeilingRequest(user_id=user.user_id, daily_millicredits=0))
+    await mesh.controls.struck("credits", "ceiling-committed")
+    with pytest.raises(Refusal) as refusal:
+        await mesh.submit(user, quick())
+    assert refusal.value.reason == "CEILING_REACHED"
+    assert await mesh.patiently(user.balance) == (1_000_000, 0)
+
+
+async def test_credit_service_dies_while_it_gives_the_credits_of_a_month(mesh: Mesh) -> None:
+    mesh.controls.arm("credits", "month-granted")
+    user = await mesh.new_user(0, pro=True)
+    await mesh.controls.struck("credits", "month-granted")
+    monthly = {
+        price.plan: price.monthly_grant_millicredits for price in (await mesh.as_admin(LIST_PRICES, payments_pb2.ListPricesRequest())).plans
+    }
+    await mesh.well()
+    assert await mesh.patiently(user.balance) == (monthly[identity_pb2.PLAN_PRO], 0)
 
 
 async def test_the_relay_dies_between_a_duty_and_its_note(mesh: Mesh, alice: User) -> None:
