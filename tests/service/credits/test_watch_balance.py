@@ -5,21 +5,30 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from google.protobuf import duration_pb2
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from credit_service import app, balances, store
 from credit_service.balances import NOTICE_USERS_MAX, READ_USERS_MAX, USER_WATCHES_MAX, WATCHERS, BalanceFeed
 from credit_service.ledger import Balance
+from genmesh.credits.v1 import credits_pb2 as pb
 from servicekit.errors import MeshError, Reason
 from servicekit.process import end
 from servicekit.settings import DatabaseSettings
+from tests.service.credits.callers import Signer, refusal_of
 
-DEADLINE_S = 8.0
+if TYPE_CHECKING:
+    from genmesh.credits.v1.credits_pb2_grpc import CreditsServiceAsyncStub, LedgerServiceAsyncStub
+
+    WatchCall = grpc.aio.UnaryStreamCall[pb.WatchBalanceRequest, pb.WatchBalanceResponse]
+
+DEADLINE_S = 30.0
 NEVER_S = 3_600.0
 """A checkpoint interval that no test lives to see: what arrives was pushed."""
 SHORT_S = 0.05
@@ -200,7 +209,7 @@ async def running(
 
 
 @pytest_asyncio.fixture
-async def feed(watched_engine: AsyncEngine) -> AsyncIterator[BalanceFeed]:
+async def this_process(watched_engine: AsyncEngine) -> AsyncIterator[BalanceFeed]:
     async with running(watched_engine) as feed:
         yield feed
 
@@ -256,52 +265,54 @@ async def kill_listeners(engine: AsyncEngine) -> None:
         await connection.execute(query, {"pids": list(killed)})
 
 
-async def test_the_balance_comes_at_once(feed: BalanceFeed, give: Give, user_id: uuid.UUID):
+async def test_the_balance_comes_at_once(this_process: BalanceFeed, give: Give, user_id: uuid.UUID):
     await give(user_id, 500)
-    async with watching(feed, user_id) as watch:
+    async with watching(this_process, user_id) as watch:
         first = await next_of(watch)
     assert (first.available_millicredits, first.reserved_millicredits) == (500, 0)
     assert first.version > 0
 
 
-async def test_a_user_nobody_has_heard_of_has_nothing(feed: BalanceFeed, give: Give, user_id: uuid.UUID):
-    async with watching(feed, user_id) as watch:
+async def test_a_user_nobody_has_heard_of_has_nothing(this_process: BalanceFeed, give: Give, user_id: uuid.UUID):
+    async with watching(this_process, user_id) as watch:
         assert await next_of(watch) == Balance(available_millicredits=0, reserved_millicredits=0)
         await give(user_id, 7)
-        feed.changed(user_id)
+        this_process.changed(user_id)
         assert (await next_of(watch)).available_millicredits == 7
 
 
-async def test_a_change_is_pushed(feed: BalanceFeed, give: Give, user_id: uuid.UUID):
-    async with watching(feed, user_id) as watch:
+async def test_a_change_is_pushed(this_process: BalanceFeed, give: Give, user_id: uuid.UUID):
+    async with watching(this_process, user_id) as watch:
         before = await next_of(watch)
         for total in (10, 20, 30):
             await give(user_id, 10)
-            feed.changed(user_id)
+            this_process.changed(user_id)
             after = await next_of(watch)
             assert after.available_millicredits == total
             assert after.version > before.version
             before = after
 
 
-async def test_a_change_is_pushed_from_another_process(feed: BalanceFeed, other_process: BalanceFeed, give: Give, user_id: uuid.UUID):
-    async with watching(feed, user_id) as here, watching(other_process, user_id) as there:
+async def test_a_change_is_pushed_from_another_process(
+    this_process: BalanceFeed, other_process: BalanceFeed, give: Give, user_id: uuid.UUID
+):
+    async with watching(this_process, user_id) as here, watching(other_process, user_id) as there:
         await next_of(here)
         await next_of(there)
-        for total, changer in ((10, other_process), (20, feed), (30, other_process)):
+        for total, changer in ((10, other_process), (20, this_process), (30, other_process)):
             await give(user_id, 10)
             changer.changed(user_id)
             await until(here, total)
             await until(there, total)
 
 
-async def test_a_process_where_nobody_watches_says_and_hears_of_changes(feed: BalanceFeed, other_process: BalanceFeed, give: Give):
+async def test_a_process_where_nobody_watches_says_and_hears_of_changes(this_process: BalanceFeed, other_process: BalanceFeed, give: Give):
     async with AsyncExitStack() as stack:
         user_ids = [uuid.uuid4() for _ in range(3)]
         for user_id in user_ids:
             other_process.changed(user_id)
-            feed.changed(user_id)
-        watches = [await stack.enter_async_context(watching(feed, user_id)) for user_id in user_ids]
+            this_process.changed(user_id)
+        watches = [await stack.enter_async_context(watching(this_process, user_id)) for user_id in user_ids]
         for user_id, watch in zip(user_ids, watches, strict=True):
             await next_of(watch)
             await give(user_id, 5)
@@ -310,11 +321,11 @@ async def test_a_process_where_nobody_watches_says_and_hears_of_changes(feed: Ba
 
 
 async def test_every_watcher_gets_the_balance_of_its_own_user(
-    feed: BalanceFeed, other_process: BalanceFeed, watched_engine: AsyncEngine, gate: Gate
+    this_process: BalanceFeed, other_process: BalanceFeed, watched_engine: AsyncEngine, gate: Gate
 ):
     users = {uuid.uuid4(): amount for amount in range(1, 201)}
     async with AsyncExitStack() as stack:
-        watches = [(user_id, await stack.enter_async_context(watching(feed, user_id))) for user_id in users for _ in range(3)]
+        watches = [(user_id, await stack.enter_async_context(watching(this_process, user_id))) for user_id in users for _ in range(3)]
         firsts = await asyncio.gather(*(next_of(watch) for _, watch in watches))
         assert {first.available_millicredits for first in firsts} == {0}
         for user_id, amount in users.items():
@@ -325,10 +336,12 @@ async def test_every_watcher_gets_the_balance_of_its_own_user(
     assert gate.at_once_max == 1
 
 
-async def test_a_notice_longer_than_postgresql_takes_is_split(feed: BalanceFeed, other_process: BalanceFeed, watched_engine: AsyncEngine):
+async def test_a_notice_longer_than_postgresql_takes_is_split(
+    this_process: BalanceFeed, other_process: BalanceFeed, watched_engine: AsyncEngine
+):
     users = [uuid.uuid4() for _ in range(2 * NOTICE_USERS_MAX + 10)]
     async with AsyncExitStack() as stack:
-        watches = [await stack.enter_async_context(watching(feed, user_id)) for user_id in users]
+        watches = [await stack.enter_async_context(watching(this_process, user_id)) for user_id in users]
         await asyncio.gather(*map(next_of, watches))
         await give_all(users, 3, watched_engine)
         for user_id in users:
@@ -337,10 +350,10 @@ async def test_a_notice_longer_than_postgresql_takes_is_split(feed: BalanceFeed,
 
 
 async def test_more_changes_than_are_remembered_are_told_as_everybody(
-    feed: BalanceFeed, other_process: BalanceFeed, give: Give, user_id: uuid.UUID, monkeypatch: pytest.MonkeyPatch
+    this_process: BalanceFeed, other_process: BalanceFeed, give: Give, user_id: uuid.UUID, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(balances, "UNSENT_USERS_MAX", 10)
-    async with watching(feed, user_id) as watch:
+    async with watching(this_process, user_id) as watch:
         await next_of(watch)
         await give(user_id, 3)
         # No turn for others in between: all of them wait for one notice.
@@ -350,30 +363,30 @@ async def test_more_changes_than_are_remembered_are_told_as_everybody(
         await until(watch, 3)
 
 
-async def test_more_users_than_one_query_takes_are_all_told(feed: BalanceFeed, watched_engine: AsyncEngine, gate: Gate):
+async def test_more_users_than_one_query_takes_are_all_told(this_process: BalanceFeed, watched_engine: AsyncEngine, gate: Gate):
     users = [uuid.uuid4() for _ in range(READ_USERS_MAX + 10)]
     async with AsyncExitStack() as stack:
-        watches = [await stack.enter_async_context(watching(feed, user_id)) for user_id in users]
+        watches = [await stack.enter_async_context(watching(this_process, user_id)) for user_id in users]
         await asyncio.gather(*map(next_of, watches))
         await give_all(users, 4, watched_engine)
         before = gate.asked
         for user_id in users:
-            feed.changed(user_id)
+            this_process.changed(user_id)
         await asyncio.gather(*(until(watch, 4) for watch in watches))
         assert gate.asked - before == 2
 
 
-async def test_a_burst_of_changes_costs_one_more_read(feed: BalanceFeed, give: Give, user_id: uuid.UUID, gate: Gate):
-    async with watching(feed, user_id) as watch:
+async def test_a_burst_of_changes_costs_one_more_read(this_process: BalanceFeed, give: Give, user_id: uuid.UUID, gate: Gate):
+    async with watching(this_process, user_id) as watch:
         await next_of(watch)
         gate.shut()
-        feed.changed(user_id)
+        this_process.changed(user_id)
         await gate.held.wait()
         before = gate.asked
         for _ in range(20):
             await give(user_id, 1)
         for _ in range(1_000):
-            feed.changed(user_id)
+            this_process.changed(user_id)
             await asyncio.sleep(0)
         assert gate.asked == before
         gate.open()
@@ -382,14 +395,14 @@ async def test_a_burst_of_changes_costs_one_more_read(feed: BalanceFeed, give: G
         assert gate.at_once_max == 1
 
 
-async def test_a_watch_never_begins_with_what_was_asked_before_it(feed: BalanceFeed, give: Give, user_id: uuid.UUID, gate: Gate):
-    async with watching(feed, user_id) as early:
+async def test_a_watch_never_begins_with_what_was_asked_before_it(this_process: BalanceFeed, give: Give, user_id: uuid.UUID, gate: Gate):
+    async with watching(this_process, user_id) as early:
         await next_of(early)
         gate.shut()
-        feed.changed(user_id)
+        this_process.changed(user_id)
         await gate.held.wait()  # read before the grant, told after it
         await give(user_id, 9)
-        async with watching(feed, user_id) as late:
+        async with watching(this_process, user_id) as late:
             first = asyncio.ensure_future(next_of(late))
             await asyncio.sleep(0)
             gate.open()
@@ -397,34 +410,34 @@ async def test_a_watch_never_begins_with_what_was_asked_before_it(feed: BalanceF
             await until(early, 9)
 
 
-async def test_a_watch_may_end_before_its_first_balance(feed: BalanceFeed, give: Give, user_id: uuid.UUID, gate: Gate):
-    async with watching(feed, user_id) as watch:
+async def test_a_watch_may_end_before_its_first_balance(this_process: BalanceFeed, give: Give, user_id: uuid.UUID, gate: Gate):
+    async with watching(this_process, user_id) as watch:
         await next_of(watch)
         gate.shut()
-        feed.changed(user_id)
+        this_process.changed(user_id)
         await gate.held.wait()
-        hasty = asyncio.create_task(next_of(feed.watch(uuid.uuid4(), expire_time=None)))
+        hasty = asyncio.create_task(next_of(this_process.watch(uuid.uuid4(), expire_time=None)))
         await eventually(lambda: gauge() == 2)
         await end({hasty})
         await eventually(lambda: gauge() == 1)
         gate.open()
         await give(user_id, 1)
-        feed.changed(user_id)
+        this_process.changed(user_id)
         await until(watch, 1)
 
 
-async def test_a_slow_reader_finds_only_the_newest(feed: BalanceFeed, give: Give, user_id: uuid.UUID):
-    async with watching(feed, user_id) as slow, watching(feed, user_id) as quick:
+async def test_a_slow_reader_finds_only_the_newest(this_process: BalanceFeed, give: Give, user_id: uuid.UUID):
+    async with watching(this_process, user_id) as slow, watching(this_process, user_id) as quick:
         await next_of(slow)
         await next_of(quick)
         for total in range(1, 21):
             await give(user_id, 1)
-            feed.changed(user_id)
+            this_process.changed(user_id)
             await until(quick, total)
         # What the quick one was handed, the slow one was handed with it.
         assert (await next_of(slow)).available_millicredits == 20
         await give(user_id, 1)
-        feed.changed(user_id)
+        this_process.changed(user_id)
         assert (await next_of(slow)).available_millicredits == 21
 
 
@@ -443,9 +456,9 @@ async def test_a_checkpoint_heals_a_lost_notice(watched_engine: AsyncEngine, giv
 
 
 async def test_a_listener_that_is_killed_comes_back_and_misses_nothing(
-    feed: BalanceFeed, other_process: BalanceFeed, watched_engine: AsyncEngine, give: Give, user_id: uuid.UUID
+    this_process: BalanceFeed, other_process: BalanceFeed, watched_engine: AsyncEngine, give: Give, user_id: uuid.UUID
 ):
-    async with watching(feed, user_id) as here, watching(other_process, user_id) as there:
+    async with watching(this_process, user_id) as here, watching(other_process, user_id) as there:
         await next_of(here)
         await next_of(there)
         for total in (1, 2):
@@ -455,11 +468,11 @@ async def test_a_listener_that_is_killed_comes_back_and_misses_nothing(
             await until(here, total)
             await until(there, total)
             async with asyncio.timeout(DEADLINE_S):
-                await feed.listening.wait()
+                await this_process.listening.wait()
                 await other_process.listening.wait()
             assert not before & await listeners(watched_engine)
         await give(user_id, 10)
-        feed.changed(user_id)
+        this_process.changed(user_id)
         await until(there, 12)
 
 
@@ -535,11 +548,11 @@ async def behind_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncGenera
             await proxy.close()  # first: an engine waits for the farewell of a peer that is silent
 
 
-async def test_a_watch_that_is_cancelled_leaves_nothing_behind(feed: BalanceFeed, give: Give, user_id: uuid.UUID):
+async def test_a_watch_that_is_cancelled_leaves_nothing_behind(this_process: BalanceFeed, give: Give, user_id: uuid.UUID):
     before = asyncio.all_tasks()
 
     async def read(user_id: uuid.UUID) -> None:
-        async with watching(feed, user_id) as watch:
+        async with watching(this_process, user_id) as watch:
             async for _ in watch:
                 pass
 
@@ -549,7 +562,7 @@ async def test_a_watch_that_is_cancelled_leaves_nothing_behind(feed: BalanceFeed
         assert not [reader for reader in readers if reader.done()]
         await end(readers)
         assert gauge() == 0
-    feed.changed(user_id)
+    this_process.changed(user_id)
     await give(user_id, 1)
     assert asyncio.all_tasks() <= before
 
@@ -570,14 +583,14 @@ async def test_a_feed_that_ends_leaves_nothing_behind(watched_engine: AsyncEngin
             await asyncio.sleep(0.01)
 
 
-async def test_one_user_may_watch_so_often(feed: BalanceFeed, user_id: uuid.UUID):
+async def test_one_user_may_watch_so_often(this_process: BalanceFeed, user_id: uuid.UUID):
     async with AsyncExitStack() as stack:
         for _ in range(USER_WATCHES_MAX):
-            await next_of(await stack.enter_async_context(watching(feed, user_id)))
-        await refused_as_too_many(feed, user_id)
-        async with watching(feed, uuid.uuid4()) as watch:
+            await next_of(await stack.enter_async_context(watching(this_process, user_id)))
+        await refused_as_too_many(this_process, user_id)
+        async with watching(this_process, uuid.uuid4()) as watch:
             await next_of(watch)
-    async with watching(feed, user_id) as watch:
+    async with watching(this_process, user_id) as watch:
         await next_of(watch)
 
 
@@ -597,8 +610,8 @@ async def refused_as_too_many(feed: BalanceFeed, user_id: uuid.UUID) -> None:
     assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
 
 
-async def test_a_watch_ends_with_the_access_token(feed: BalanceFeed, user_id: uuid.UUID):
-    async with watching(feed, user_id, expire_time=time.time() + 0.2) as watch:
+async def test_a_watch_ends_with_the_access_token(this_process: BalanceFeed, user_id: uuid.UUID):
+    async with watching(this_process, user_id, expire_time=time.time() + 0.2) as watch:
         with pytest.raises(MeshError) as raised:
             await until(watch, 1)
     assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.UNAUTHENTICATED, Reason.ERROR_REASON_TOKEN_EXPIRED)
@@ -632,3 +645,70 @@ async def test_an_error_nobody_foresaw_ends_the_feed(watched_engine: AsyncEngine
         finally:
             await end({waiting})
     assert raised.group_contains(KeyError)
+
+
+async def test_credits_that_lapse_are_told_before_they_are_swept(watched_engine: AsyncEngine, user_id: uuid.UUID):
+    grant = "SELECT credits.grant_credits(gen_random_uuid(), gen_random_uuid(), :user_id, 5, 'test', clock_timestamp() + interval '1 hour')"
+    async with running(watched_engine, checkpoint_interval_s=SHORT_S) as feed, watching(feed, user_id) as watch:
+        async with watched_engine.connect() as connection:
+            await connection.execute(sa.text(grant), {"user_id": user_id})
+        before = await until(watch, 5)
+        assert before.promotional_millicredits == 5
+        assert before.next_expire_time is not None
+        async with watched_engine.connect() as connection:
+            lapse = sa.text("UPDATE credits.lots SET expire_time = clock_timestamp() WHERE user_id = :user_id")
+            await connection.execute(lapse, {"user_id": user_id})
+        after = await until(watch, 0)
+        assert (after.version, after.promotional_millicredits, after.next_expire_time) == (before.version, 0, None)
+
+
+@pytest.fixture
+def watch_rpc(credits_stub: "CreditsServiceAsyncStub", signer: Signer) -> Callable[[uuid.UUID], "WatchCall"]:
+    """Calls WatchBalance as a user."""
+    return lambda user_id: credits_stub.WatchBalance(pb.WatchBalanceRequest(), metadata=signer.metadata(user_id))
+
+
+async def read(call: "WatchCall") -> pb.WatchBalanceResponse:
+    async with asyncio.timeout(DEADLINE_S):
+        response = await call.read()
+    assert isinstance(response, pb.WatchBalanceResponse)
+    return response
+
+
+async def test_users_watch_their_own_balance(
+    watch_rpc: Callable[[uuid.UUID], "WatchCall"],
+    ledger_stub: "LedgerServiceAsyncStub",
+    fund: Callable[[uuid.UUID, int], Awaitable[None]],
+    user_id: uuid.UUID,
+):
+    call = watch_rpc(user_id)
+    assert await read(call) == pb.WatchBalanceResponse()
+    await fund(user_id, 100)
+    granted = await read(call)
+    assert (granted.available_millicredits, granted.reserved_millicredits) == (100, 0)
+    reservation_id = str(uuid.uuid4())
+    await ledger_stub.ReserveCredits(
+        pb.ReserveCreditsRequest(
+            reservation_id=reservation_id, user_id=str(user_id), amount_millicredits=30, ttl=duration_pb2.Duration(seconds=60)
+        )
+    )
+    held = await read(call)
+    assert (held.available_millicredits, held.reserved_millicredits) == (70, 30)
+    await ledger_stub.CaptureReservation(pb.CaptureReservationRequest(reservation_id=reservation_id, amount_millicredits=10))
+    captured = await read(call)
+    assert (captured.available_millicredits, captured.reserved_millicredits) == (90, 0)
+    assert 0 < granted.version < held.version < captured.version
+    call.cancel()
+    await eventually(lambda: gauge() == 0)
+
+
+async def test_watching_too_often_is_refused(watch_rpc: Callable[[uuid.UUID], "WatchCall"], user_id: uuid.UUID):
+    calls = [watch_rpc(user_id) for _ in range(USER_WATCHES_MAX)]
+    await asyncio.gather(*map(read, calls))
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await read(watch_rpc(user_id))
+    refusal = refusal_of(raised.value)
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED")
+    for call in calls:
+        call.cancel()
+    await eventually(lambda: gauge() == 0)
