@@ -12,7 +12,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from credit_service.ledger import (
     KEY_CEILINGS_MAX,
@@ -47,7 +47,7 @@ _GRANT = sa.text("SELECT * FROM credits.grant_credits(:actor_id, :request_id, :u
     sa.bindparam("expire_time", type_=sa.TIMESTAMP(timezone=True))
 )
 _CLAWBACK = sa.text("SELECT * FROM credits.clawback(:actor_id, :request_id, :user_id, :amount, :reason)")
-# What every job does: by `fetch_row`, not through SQLAlchemy.
+# What every job does: by `fetch_row`, which takes an engine as well as a connection.
 _RESERVE = "SELECT * FROM credits.reserve($1, $2, $3, $4, $5, $6, $7)"
 _CAPTURE = "SELECT * FROM credits.capture($1, $2, $3)"
 _RELEASE = "SELECT * FROM credits.release($1)"
@@ -104,7 +104,7 @@ async def clawback(
 
 
 async def reserve(
-    connection: AsyncConnection,
+    source: AsyncEngine | AsyncConnection,
     *,
     reservation_id: UUID,
     job_id: UUID,
@@ -115,20 +115,20 @@ async def reserve(
     api_key_id: UUID | None = None,
 ) -> ReservationAnswer:
     """Hold credits; the same request again shows the reservation as it stands by then."""
-    return _answer(await fetch_row(connection, _RESERVE, reservation_id, job_id, user_id, amount_millicredits, ttl, model, api_key_id))
+    return _answer(await fetch_row(source, _RESERVE, reservation_id, job_id, user_id, amount_millicredits, ttl, model, api_key_id))
 
 
 async def capture(
-    connection: AsyncConnection, *, reservation_id: UUID, amount_millicredits: int, lines: Sequence[ReceiptLine] = ()
+    source: AsyncEngine | AsyncConnection, *, reservation_id: UUID, amount_millicredits: int, lines: Sequence[ReceiptLine] = ()
 ) -> ReservationAnswer:
     """Take payment from a hold and give the rest back."""
     receipt = json.dumps([asdict(line) for line in lines]) if lines else None
-    return _answer(await fetch_row(connection, _CAPTURE, reservation_id, amount_millicredits, receipt))
+    return _answer(await fetch_row(source, _CAPTURE, reservation_id, amount_millicredits, receipt))
 
 
-async def release(connection: AsyncConnection, *, reservation_id: UUID) -> ReservationAnswer:
+async def release(source: AsyncEngine | AsyncConnection, *, reservation_id: UUID) -> ReservationAnswer:
     """Give a hold back."""
-    return _answer(await fetch_row(connection, _RELEASE, reservation_id))
+    return _answer(await fetch_row(source, _RELEASE, reservation_id))
 
 
 async def expire_due(connection: AsyncConnection, *, limit: int) -> Sequence[UUID]:
@@ -168,10 +168,14 @@ async def balances(connection: AsyncConnection, user_ids: Collection[UUID]) -> d
 
 
 async def promotions(connection: AsyncConnection, *, user_id: UUID) -> list[Promotion]:
-    """A user's promotional credits, the soonest to expire first."""
+    """A user's promotional credits, the soonest to expire first. What is about to lapse is gone already."""
+    alive = lots.c.expire_time > sa.func.clock_timestamp()
+    available = sa.case((alive, lots.c.available_millicredits), else_=0)
     query = (
-        sa.select(lots.c.available_millicredits, lots.c.reserved_millicredits, lots.c.expire_time)
-        .where(lots.c.user_id == user_id, (lots.c.available_millicredits > 0) | (lots.c.reserved_millicredits > 0))
+        sa.select(available, lots.c.reserved_millicredits, lots.c.expire_time)
+        .where(lots.c.user_id == user_id, (available > 0) | (lots.c.reserved_millicredits > 0))
+        # What the index knows: it leaves out the lots that are empty, which with time are most of them.
+        .where((lots.c.available_millicredits > 0) | (lots.c.reserved_millicredits > 0))
         .order_by(lots.c.expire_time, lots.c.lot_id)
         .limit(PROMOTIONS_MAX)
     )

@@ -466,12 +466,13 @@ END
 $$;
 
 -- Takes back what was counted against ceilings when credits were held at `p_held_time`, if their day or month is still that of the hold.
+-- Not below zero: a clock that was set back over midnight in between has started a day twice, and no hold may be kept by that.
 CREATE FUNCTION credits.uncount_spending(
     p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_held_time timestamptz
 ) RETURNS void LANGUAGE sql AS $$
     UPDATE credits.ceilings AS c
-    SET spent_today_millicredits = c.spent_today_millicredits - CASE WHEN c.day = held.day THEN p_amount ELSE 0 END,
-        spent_this_month_millicredits = c.spent_this_month_millicredits - CASE WHEN c.month = held.month THEN p_amount ELSE 0 END
+    SET spent_today_millicredits = greatest(0, c.spent_today_millicredits - CASE WHEN c.day = held.day THEN p_amount ELSE 0 END),
+        spent_this_month_millicredits = greatest(0, c.spent_this_month_millicredits - CASE WHEN c.month = held.month THEN p_amount ELSE 0 END)
     FROM (
         SELECT (p_held_time AT TIME ZONE 'UTC')::date AS day, date_trunc('month', p_held_time AT TIME ZONE 'UTC')::date AS month
     ) AS held
@@ -520,6 +521,27 @@ BEGIN
         END IF;
     END IF;
     RETURN settled;
+END
+$$;
+
+-- Locks the account of a reservation and shows the reservation as it stands under the lock; a hold whose time is over is expired on the way.
+-- NULL: there was no such reservation. One that is made at this very moment must not be seen either: its account is not locked.
+CREATE OR REPLACE FUNCTION credits.lock_reservation(
+    p_reservation_id uuid, OUT moment timestamptz, OUT reservation credits.reservations
+)
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM 1 FROM credits.accounts AS a
+    WHERE a.user_id = (SELECT r.user_id FROM credits.reservations AS r WHERE r.reservation_id = p_reservation_id)
+    FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    moment := clock_timestamp();
+    SELECT * INTO reservation FROM credits.reservations AS r WHERE r.reservation_id = p_reservation_id;
+    IF reservation.state = 'held' AND reservation.expire_time <= moment THEN
+        reservation := credits.settle(reservation, 'expired', 0, moment);
+    END IF;
 END
 $$;
 
@@ -643,6 +665,26 @@ LEFT JOIN (
     SELECT r.user_id, sum(r.amount_millicredits) AS held FROM credits.reservations AS r WHERE r.state = 'held' GROUP BY r.user_id
 ) AS h ON h.user_id = a.user_id
 WHERE a.reserved_millicredits <> coalesce(h.held, 0)
+UNION ALL
+SELECT 'promotional part of a hold differs from entries', r.reservation_id::text, coalesce(p.held, 0), r.promotional_millicredits
+FROM credits.reservations AS r
+LEFT JOIN (
+    SELECT v.reservation_id, sum(e.amount_millicredits) AS held
+    FROM credits.events AS v JOIN credits.entries AS e USING (event_id)
+    WHERE v.kind = 'reserve' AND e.account = 'reserved' AND e.lot_id IS NOT NULL GROUP BY v.reservation_id
+) AS p ON p.reservation_id = r.reservation_id
+WHERE r.promotional_millicredits <> coalesce(p.held, 0)
+UNION ALL
+SELECT 'reserved promotional credits differ from open holds', lot.lot_id::text, coalesce(h.held, 0), lot.reserved_millicredits
+FROM credits.lots AS lot
+LEFT JOIN (
+    SELECT e.lot_id, sum(e.amount_millicredits) AS held
+    FROM credits.reservations AS r
+    JOIN credits.events AS v ON v.reservation_id = r.reservation_id AND v.kind = 'reserve'
+    JOIN credits.entries AS e USING (event_id)
+    WHERE r.state = 'held' AND e.account = 'reserved' AND e.lot_id IS NOT NULL GROUP BY e.lot_id
+) AS h ON h.lot_id = lot.lot_id
+WHERE lot.reserved_millicredits <> coalesce(h.held, 0)
 UNION ALL
 SELECT 'more versions of a balance than events', a.user_id::text, coalesce(n.events, 0), a.version
 FROM credits.accounts AS a

@@ -61,6 +61,14 @@ FALSIFIED = {
         "UPDATE credits.lots SET reserved_millicredits = reserved_millicredits + 1 WHERE reserved_millicredits > 0",
         None,
     ),
+    "promotional part of a hold differs from entries": (
+        "UPDATE credits.reservations SET promotional_millicredits = 0 WHERE promotional_millicredits > 0",
+        None,
+    ),
+    "reserved promotional credits differ from open holds": (
+        "UPDATE credits.reservations SET state = 'released', settle_time = now() WHERE state = 'held'",
+        None,
+    ),
     "event does not sum to zero": (
         "UPDATE credits.entries SET amount_millicredits = amount_millicredits - 1 WHERE account = 'revenue'",
         None,

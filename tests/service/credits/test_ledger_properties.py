@@ -1,205 +1,223 @@
-"""The ledger against a model of it: any sequence of operations, on the real database, gives what the model says."""
+"""The ledger against a model of it: any sequence of operations, on the real database, gives what the model says.
+
+Operations that run at once have to give what the model says of them in some order, one after another.
+"""
 
 import asyncio
 import uuid
-from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Coroutine, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
-import sqlalchemy as sa
+from hypothesis import note
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
-from sqlalchemy.ext.asyncio import AsyncConnection
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from credit_service import app, store
-from credit_service.ledger import Balance, Outcome, ReservationAnswer, State
-from credit_service.settings import CreditSettings
+from credit_service import store
+from credit_service.ledger import INT64_MAX, EntryQuery, Kind, ReceiptLine
+from tests.service.credits.clocked_ledger import END, START, ClockedLedger, clocked_ledger
+from tests.service.credits.ledger_model import Model, Operation, orders, see
 from tests.service.stateful import run_machine
 
 T = TypeVar("T")
 
-INT64_MAX = 2**63 - 1
-EXAMPLES = 40
+EXAMPLES = 20
 STEPS = 25
-TTLS = {"long": timedelta(hours=1), "over": timedelta(microseconds=1)}
+AT_ONCE_MAX = 6
+ENTRIES_MAX = 10_000
+HOUR = timedelta(hours=1)
+PASSING = [timedelta(microseconds=1), HOUR, timedelta(hours=12), timedelta(days=1), timedelta(days=31)]
+"""From one to the next: a hold is over, a lot is over, it is another day, another month."""
+LIVES = [HOUR, timedelta(hours=2), timedelta(days=2), timedelta(days=40)]
 
 
-@dataclass
-class Hold:
-    """What the model knows of a reservation. One that is `overdue` is held until somebody looks."""
-
-    reservation_id: uuid.UUID
-    user: int
-    amount: int
-    ttl: timedelta
-    state: State = State.HELD
-    captured: int = 0
-    job_id: uuid.UUID = field(default_factory=uuid.uuid4)
-
-    @property
-    def overdue(self) -> bool:
-        return self.state is State.HELD and self.ttl == TTLS["over"]
+def bounds() -> st.SearchStrategy[int | None]:
+    return st.one_of(st.none(), st.integers(0, 1500))
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Users with balances, holds in every state; the operations in any order, repeated and contradicted."""
+    """Users with balances, promotional credits and ceilings; operations in any order, repeated, contradicted, at once."""
 
     run: ClassVar[asyncio.Runner]
-    connection: ClassVar[AsyncConnection]
-
-    holds = Bundle("holds")
-    grants = Bundle("grants")
+    ledger: ClassVar[ClockedLedger]
 
     @initialize()
     def begin(self) -> None:
+        self.do(self.ledger.start_over())
+        self.model = Model(START)
         self.users = [uuid.uuid4() for _ in range(2)]
-        self.available = [0, 0]
-        self.reserved = [0, 0]
-        self.all_holds: list[Hold] = []
+        self.keys = [None, uuid.uuid4(), uuid.uuid4()]
+        self.admin = uuid.uuid4()
+        self.asked: list[Operation] = []
+        """What has an id, so that it can come again."""
 
     def do(self, operation: Coroutine[Any, Any, T]) -> T:
         return self.run.run(operation)
 
-    def look_at(self, hold: Hold) -> None:
-        """Whoever operates on an overdue hold ends it."""
-        if hold.overdue:
-            self.end(hold, State.EXPIRED, 0)
+    # What can be asked for, as things stand.
 
-    def end(self, hold: Hold, state: State, captured: int) -> None:
-        hold.state, hold.captured = state, captured
-        self.reserved[hold.user] -= hold.amount
-        self.available[hold.user] += hold.amount - captured
+    def moments(self) -> st.SearchStrategy[Any]:
+        """Few, so that some are the same; seldom one in the past."""
+        return st.sampled_from(LIVES + LIVES + [timedelta(0)]).map(lambda life: self.model.now + life)
 
-    def check(self, answer: ReservationAnswer, outcome: Outcome, hold: Hold) -> None:
-        assert answer.outcome is outcome
-        if answer.reservation is not None:
-            shown = answer.reservation
-            assert (shown.reservation_id, shown.job_id, shown.user_id) == (hold.reservation_id, hold.job_id, self.users[hold.user])
-            assert (shown.state, shown.amount_millicredits, shown.captured_millicredits) == (hold.state, hold.amount, hold.captured)
-
-    @rule(target=grants, user=st.integers(0, 1), amount=st.one_of(st.integers(-1, 1000), st.just(INT64_MAX)))
-    def grant(self, user: int, amount: int) -> Any:
-        request: dict[str, Any] = {
-            "actor_id": uuid.uuid4(),
-            "request_id": uuid.uuid4(),
-            "user_id": self.users[user],
-            "amount_millicredits": amount,
-            "reason": "why",
+    def operations(self) -> st.SearchStrategy[Operation]:
+        user, key, amount = st.sampled_from(self.users), st.sampled_from(self.keys), st.integers(-1, 600)
+        reservation_ids = st.sampled_from([*(asked.arguments["reservation_id"] for asked in self.holds_asked()), uuid.uuid4()])
+        gift = {
+            "actor_id": st.just(self.admin),
+            "request_id": st.builds(uuid.uuid4),
+            "user_id": user,
+            "reason": st.just("why"),
         }
-        answer = self.do(store.grant(self.connection, **request))
-        if not 1 <= amount <= INT64_MAX - self.available[user] - self.reserved[user]:
-            assert answer.outcome is Outcome.AMOUNT_OUT_OF_RANGE
-            return multiple()
-        self.available[user] += amount
-        assert answer.balance == Balance(self.available[user], self.reserved[user])
-        return request, answer
+        kinds: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+            "grant": {
+                **gift,
+                "amount_millicredits": st.one_of(st.integers(-1, 1000), st.just(INT64_MAX)),
+                "expire_time": st.one_of(st.none(), self.moments()),
+            },
+            "clawback": {**gift, "amount_millicredits": amount},
+            "grant_plan": {
+                "user_id": user,
+                "plan": st.sampled_from(["PLAN_FREE", "PLAN_PRO"]),
+                "start_time": self.moments().map(lambda moment: moment - max(LIVES) - HOUR),
+                "end_time": self.moments(),
+                "amount_millicredits": st.integers(0, 400),
+            },
+            "reserve": {
+                "reservation_id": st.builds(uuid.uuid4),
+                "job_id": st.builds(uuid.uuid4),
+                "user_id": user,
+                "amount_millicredits": amount,
+                "ttl": st.sampled_from([timedelta(microseconds=1), HOUR, timedelta(days=3)]),
+                "model": st.sampled_from(["", "fast"]),
+                "api_key_id": key,
+            },
+            "capture": {
+                "reservation_id": reservation_ids,
+                "amount_millicredits": st.one_of(st.integers(-1, 650), st.just(INT64_MAX)),
+            },
+            "release": {"reservation_id": reservation_ids},
+            "get_reservation": {"reservation_id": reservation_ids},
+            "balance": {"user_id": user},
+            "expire_due": {"limit": st.just(100)},
+            "lapse_due": {"limit": st.just(100)},
+            "set_ceiling": {"user_id": user, "api_key_id": key, "daily_millicredits": bounds(), "monthly_millicredits": bounds()},
+        }
+        strategies = [st.builds(Operation, st.just(name), st.fixed_dictionaries(arguments)) for name, arguments in kinds.items()]
+        strategies += [strategies[0], strategies[3], strategies[3], strategies[4], strategies[4], self.whole_captures()]
+        if self.asked:
+            strategies.append(st.sampled_from(self.asked).flatmap(self.repeats))
+        return st.one_of(strategies)
 
-    @rule(known=grants, other_reason=st.booleans())
-    def grant_again(self, known: Any, other_reason: bool) -> None:
-        request, first = known
-        again: dict[str, Any] = {**request, "reason": "other" if other_reason else "why"}
-        answer = self.do(store.grant(self.connection, **again))
-        if other_reason:
-            assert answer.outcome is Outcome.REUSED
-        else:
-            assert answer == first
+    def whole_captures(self) -> st.SearchStrategy[Operation]:
+        """All of a hold, with a receipt."""
+        holds = [asked.arguments for asked in self.holds_asked() if asked.arguments["amount_millicredits"] > 1]
+        if not holds:
+            return st.just(Operation("lapse_due", {"limit": 100}))
 
-    @rule(target=holds, user=st.integers(0, 1), amount=st.integers(-1, 600), ttl=st.sampled_from(sorted(TTLS)))
-    def reserve(self, user: int, amount: int, ttl: str) -> Any:
-        hold = Hold(uuid.uuid4(), user, amount, TTLS[ttl])
-        answer = self.do(self.ask_for(hold))
-        if amount < 1:
-            assert answer.outcome is Outcome.AMOUNT_OUT_OF_RANGE
-            return multiple()
-        if amount > self.available[user]:
-            assert (answer.outcome, answer.available_millicredits) == (Outcome.INSUFFICIENT, self.available[user])
-            return multiple()
-        self.check(answer, Outcome.OK, hold)
-        self.available[user] -= amount
-        self.reserved[user] += amount
-        self.all_holds.append(hold)
-        return hold
+        def whole(hold: Mapping[str, Any]) -> Operation:
+            amount = hold["amount_millicredits"]
+            lines = (ReceiptLine("first", 1, "image", 1), ReceiptLine("rest", 2, "s", amount - 1))
+            return Operation("capture", {"reservation_id": hold["reservation_id"], "amount_millicredits": amount, "lines": lines})
 
-    @rule(hold=holds, change=st.sampled_from(["nothing", "amount", "user", "ttl", "job"]))
-    def reserve_again(self, hold: Hold, change: str) -> None:
-        asked = Hold(hold.reservation_id, hold.user, hold.amount, hold.ttl, job_id=hold.job_id)
-        match change:
-            case "amount":
-                asked.amount += 1
-            case "user":
-                asked.user = 1 - asked.user
-            case "ttl":
-                asked.ttl += timedelta(seconds=1)
-            case "job":
-                asked.job_id = uuid.uuid4()
-            case _:
-                self.look_at(hold)
-        self.check(self.do(self.ask_for(asked)), Outcome.OK if change == "nothing" else Outcome.REUSED, hold)
+        return st.sampled_from(holds).map(whole)
 
-    def ask_for(self, hold: Hold) -> Coroutine[Any, Any, ReservationAnswer]:
-        return store.reserve(
-            self.connection,
-            reservation_id=hold.reservation_id,
-            job_id=hold.job_id,
-            user_id=self.users[hold.user],
-            amount_millicredits=hold.amount,
-            ttl=hold.ttl,
+    def holds_asked(self) -> list[Operation]:
+        """Also those that were refused: of operations at once other ones are each time, and what is drawn must not depend on it."""
+        return [asked for asked in self.asked if asked.name == "reserve"]
+
+    def repeats(self, known: Operation) -> st.SearchStrategy[Operation]:
+        """The same again, or the same id with something else about it."""
+        changes: dict[str, Any] = {
+            "user_id": next(user for user in self.users if user != known.arguments["user_id"]),
+            "amount_millicredits": max(known.arguments["amount_millicredits"] - 1, 1),
+            "reason": "other",
+            "expire_time": START + timedelta(days=365),
+            "job_id": uuid.UUID(int=1),
+            "ttl": timedelta(seconds=7),
+            "model": "slow",
+            "api_key_id": uuid.UUID(int=2),
+            "actor_id": uuid.UUID(int=3),
+        }
+        fields = sorted(changes.keys() & known.arguments.keys())
+        return st.sampled_from([None] * len(fields) + fields).map(
+            lambda name: known if name is None else Operation(known.name, {**known.arguments, name: changes[name]})
         )
 
-    @rule(hold=holds, amount=st.one_of(st.integers(-1, 700), st.just(INT64_MAX), st.none()))
-    def capture(self, hold: Hold, amount: int | None) -> None:
-        wanted = hold.amount if amount is None else amount
-        self.look_at(hold)
-        answer = self.do(store.capture(self.connection, reservation_id=hold.reservation_id, amount_millicredits=wanted))
-        if hold.state is State.CAPTURED:
-            outcome = Outcome.OK if hold.captured == wanted else Outcome.REUSED
-        elif hold.state is not State.HELD:
-            outcome = Outcome(hold.state)
-        elif not 1 <= wanted <= hold.amount:
-            outcome = Outcome.AMOUNT_OUT_OF_RANGE
-        else:
-            self.end(hold, State.CAPTURED, wanted)
-            outcome = Outcome.OK
-        self.check(answer, outcome, hold)
+    # What happens.
 
-    @rule(hold=holds)
-    def release(self, hold: Hold) -> None:
-        self.look_at(hold)
-        answer = self.do(store.release(self.connection, reservation_id=hold.reservation_id))
-        if hold.state is State.HELD:
-            self.end(hold, State.RELEASED, 0)
-        self.check(answer, Outcome.OK if hold.state is State.RELEASED else Outcome(hold.state), hold)
+    def remember(self, operation: Operation) -> None:
+        if operation.name in ("grant", "clawback", "reserve"):
+            self.asked.append(operation)
+
+    @rule(data=st.data())
+    def one_operation(self, data: st.DataObject) -> None:
+        operation = data.draw(self.operations())
+        answer = self.do(self.ledger.do(operation))
+        assert answer == operation.on(self.model)
+        self.remember(operation)
+
+    @rule(data=st.data(), behind=st.booleans())
+    def operations_at_once(self, data: st.DataObject, behind: bool) -> None:
+        operations = data.draw(st.lists(self.operations(), min_size=2, max_size=AT_ONCE_MAX))
+        if data.draw(st.booleans()):
+            operations[1] = operations[0]
+        answers = self.do(self.ledger.at_once(*operations, behind=self.users[0] if behind else None))
+        note(f"answers: {answers}")
+        seen = self.do(see(self.ledger, self.users))
+        explained = next(
+            (after for after in orders(self.model, list(zip(operations, answers, strict=True))) if after.seen(self.users) == seen), None
+        )
+        assert explained is not None, "no order of the operations has these answers and this end"
+        self.model = explained
+        for operation in operations:
+            self.remember(operation)
+
+    @rule(duration=st.sampled_from(PASSING))
+    def time_passes(self, duration: timedelta) -> None:
+        self.do(self.ledger.advance(duration))
+        self.model.set_time(self.ledger.now)
 
     @rule()
-    def expire_due(self) -> None:
-        due = [hold for hold in self.all_holds if hold.overdue]
-        assert self.do(store.expire_due(self.connection, limit=1000)) == len(due)
-        for hold in due:
-            self.look_at(hold)
+    def everything_due_is_swept(self) -> None:
+        sweep = Operation("expire_due", {"limit": 100})
+        assert self.do(self.ledger.do(sweep)) == sweep.on(self.model)
+        lapsed = self.do(self.ledger.do(lambda connection: store.lapse_due(connection, limit=100)))
+        assert set(lapsed) <= set(self.users)
+        assert self.do(self.ledger.do(lambda connection: store.lapse_due(connection, limit=100))) == []
 
     @invariant()
-    def balances_are_what_the_model_says(self) -> None:
-        for user, available, reserved in zip(self.users, self.available, self.reserved, strict=True):
-            assert self.do(store.balance(self.connection, user_id=user)) == Balance(available, reserved)
+    def everything_is_as_the_model_says(self) -> None:
+        assert self.do(see(self.ledger, self.users)) == self.model.seen(self.users)
 
     def teardown(self) -> None:
-        async def discrepancies() -> int:
-            # Holds of this example that are overdue still must not be counted by the next one.
-            await store.expire_due(self.connection, limit=1000)
-            return (await self.connection.execute(sa.text("SELECT count(*) FROM credits.discrepancies"))).scalar_one()
+        if not hasattr(self, "model"):
+            return
+        self.do(self.ledger.set_time(END))
+        self.model.set_time(END)
+        self.everything_due_is_swept()
+        self.everything_is_as_the_model_says()
+        self.do(self.ledger.check_books())
+        for user in self.users:
+            query = EntryQuery(user)
+            entries = self.do(
+                self.ledger.do(lambda connection, query=query: store.list_entries(connection, query, before=None, limit=ENTRIES_MAX))
+            )
+            totals: Counter[Kind] = Counter()
+            for entry in entries:
+                totals[entry.kind] += entry.amount_millicredits
+            assert {kind: total for kind, total in totals.items() if total} == {
+                kind: total for kind, total in self.model.accounts[user].totals.items() if total
+            }
 
-        assert self.do(discrepancies()) == 0
 
-
-def test_any_sequence_of_operations_keeps_the_books(credit_settings: CreditSettings):
+def test_any_sequence_of_operations_alone_and_at_once_keeps_the_books(shared_clocked_ledger: ClockedLedger):
     with asyncio.Runner() as runner:
-        engine = app.create_engine(credit_settings)
-        connection = runner.run(engine.connect().__aenter__())
+        opened = clocked_ledger(shared_clocked_ledger.url)
+        ledger = runner.run(opened.__aenter__())
         try:
-            runner.run(store.expire_due(connection, limit=1000))
-            LedgerMachine.run, LedgerMachine.connection = runner, connection
+            LedgerMachine.run, LedgerMachine.ledger = runner, ledger
             run_machine(LedgerMachine, examples=EXAMPLES, steps=STEPS)
         finally:
-            runner.run(connection.close())
-            runner.run(engine.dispose())
+            runner.run(opened.__aexit__(None, None, None))
