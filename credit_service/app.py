@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
-from uuid import UUID
 
 import prometheus_client
 import structlog
@@ -12,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from credit_service import store
 from credit_service.balances import BalanceFeed
+from credit_service.ledger import Swept
 from credit_service.payments import PaymentProvider
 from credit_service.payments_servicer import PaymentsServicer
 from credit_service.plans import PlanGrants
@@ -40,6 +40,7 @@ EXPIRE_BATCH = 100
 """Holds expired, or accounts with lapses, by one statement: accounts stay locked until it ends."""
 
 LAPSED = prometheus_client.Counter("genmesh_lapses_total", "Accounts that lost promotional credits because their time was over")
+SWEEP_PROBLEMS = prometheus_client.Counter("genmesh_sweep_problems_total", "Holds and promotional credits that could not be ended")
 EXPIRED = prometheus_client.Counter("genmesh_reservations_expired_total", "Holds given back because their time was over")
 
 _log = structlog.get_logger(__name__)
@@ -47,8 +48,7 @@ _log = structlog.get_logger(__name__)
 
 def create_engine(settings: DatabaseSettings) -> AsyncEngine:
     """The engine of this service, in autocommit: every operation is one statement, so BEGIN and COMMIT would only be waited for."""
-    engine = database.create_engine(settings, schema=SCHEMA, application=SERVICE)
-    return engine.execution_options(isolation_level="AUTOCOMMIT")
+    return database.create_engine(settings, schema=SCHEMA, application=SERVICE, autocommit=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,9 @@ class Dependencies:
 
 def build_payments(settings: CreditSettings) -> AbstractContextManager[PaymentProvider | None]:
     """The payment provider of the settings, None where there is none."""
-    secret_key, webhook_secret = settings.stripe_secret_key, settings.stripe_webhook_secret
-    if (
-        settings.payment_provider == "none" or secret_key is None or webhook_secret is None
-    ):  # settings with one and not the others are refused
+    secret_key, webhook_secret, return_url = settings.stripe_secret_key, settings.stripe_webhook_secret, settings.payment_return_url
+    # Settings with some of them and not the others are refused.
+    if settings.payment_provider == "none" or secret_key is None or webhook_secret is None or return_url is None:
         return nullcontext()
     # Only those who use it wait for the library to load.
     from credit_service.stripe_payments import StripePayments
@@ -75,7 +74,7 @@ def build_payments(settings: CreditSettings) -> AbstractContextManager[PaymentPr
     return StripePayments(
         secret_key=secret_key.get_secret_value(),
         webhook_secret=webhook_secret.get_secret_value(),
-        return_url=settings.payment_return_url,
+        return_url=return_url,
         api_url=settings.stripe_api_url,
     )
 
@@ -104,26 +103,33 @@ async def sweep(engine: AsyncEngine, feed: BalanceFeed, *, interval_s: float) ->
     A database that is away is waited for; any other error ends it.
     """
     while True:
-        expired: Sequence[UUID] = ()
-        lapsed: Sequence[UUID] = ()
+        expired: Sequence[Swept] = ()
+        lapsed: Sequence[Swept] = ()
         try:
             async with database.reading(engine) as connection:  # each of the two is a transaction of its own
-                expired = await store.expire_due(connection, limit=EXPIRE_BATCH)
+                expired = await store.expire_holds(connection, limit=EXPIRE_BATCH)
                 lapsed = await store.lapse_due(connection, limit=EXPIRE_BATCH)
         except Exception as error:
             if database.translate(error) is None:
                 raise
             _log.warning("sweep.failed", error=repr(error))
-        for user_id in {*expired, *lapsed}:
-            feed.changed(user_id)
-        if expired:
-            EXPIRED.inc(len(expired))
-            _log.info("holds.expired", count=len(expired))
-        if lapsed:
-            LAPSED.inc(len(lapsed))
-            _log.info("credits.lapsed", accounts=len(lapsed))
+        _report("holds.expired", EXPIRED, expired, feed)
+        _report("credits.lapsed", LAPSED, lapsed, feed)
         if max(len(expired), len(lapsed)) < EXPIRE_BATCH:
             await asyncio.sleep(interval_s)
+
+
+def _report(event: str, counter: prometheus_client.Counter, swept: Sequence[Swept], feed: BalanceFeed) -> None:
+    done = [one.user_id for one in swept if one.problem is None]
+    for user_id in done:
+        feed.changed(user_id)
+    if done:
+        counter.inc(len(done))
+        _log.info(event, count=len(done))
+    for one in swept:
+        if one.problem is not None:
+            SWEEP_PROBLEMS.inc()
+            _log.error("sweep.refused", user_id=str(one.user_id), problem=one.problem)
 
 
 async def serve(settings: CreditSettings, stop: asyncio.Event) -> None:

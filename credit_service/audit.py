@@ -46,7 +46,8 @@ class Auditor:
     async def _findings(self) -> AsyncGenerator[Discrepancy | AuditSummary]:
         # All that is compared has to be seen at one moment, or credits that move meanwhile look lost.
         async with snapshot(self._engine) as connection:
-            await connection.execute(sa.text(f"SET LOCAL statement_timeout = '{AUDIT_TIMEOUT_S}s'"))
+            for timeout in ("statement_timeout", "idle_in_transaction_session_timeout"):  # who reads the findings may be slow
+                await connection.execute(sa.text(f"SET LOCAL {timeout} = '{AUDIT_TIMEOUT_S}s'"))
             count = 0
             async for discrepancy in store.discrepancies(connection):
                 count += 1

@@ -75,9 +75,12 @@ class Watcher:
         self._woken = asyncio.Event()
 
     def offer(self, balance: Balance) -> None:
-        """Put a balance into the slot, unless it is an older one, or was there before and no repetition was asked for."""
+        """Put a balance into the slot, unless it is an older one, or was there before, and no repetition was asked for.
+
+        Asked for, an older one is true too: of a database that failed over and lost what it had.
+        """
         newest = self._newest
-        if newest is not None and (balance.version < newest.version or (balance == newest and not self._repeat)):
+        if newest is not None and not self._repeat and (balance.version < newest.version or balance == newest):
             return
         self._newest = balance
         self._repeat = False

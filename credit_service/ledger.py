@@ -145,6 +145,7 @@ class Entry:
     """What one event changed on one side of a user's balance."""
 
     entry_id: int
+    event_id: int
     kind: Kind
     account: Account
     amount_millicredits: int
@@ -156,6 +157,7 @@ class Entry:
     lines: tuple[ReceiptLine, ...] = ()
     expire_time: datetime | None = None
     top_up_id: UUID | None = None
+    actor_id: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +183,14 @@ class ReservationAnswer:
     reservation: Reservation | None
     available_millicredits: int | None = None
     broken: BrokenCeiling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """A user whose holds or promotional credits were over; with a `problem` nothing was done, and a person has to look."""
+
+    user_id: UUID
+    problem: str | None
 
 
 @dataclass(frozen=True, slots=True)

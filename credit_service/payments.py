@@ -6,18 +6,23 @@ lock on the user's account: notices come twice and in any order.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Protocol
 from uuid import UUID
 
 import grpc
 
+from credit_service.ledger import Outcome
 from credit_service.prices import CreditPackage, PriceTable
 from servicekit import paging
 from servicekit.errors import MeshError, Reason, invalid, not_found, unauthenticated, unavailable
 
 RETRY_AFTER_S = 2.0
+UNOPENED_LIFE = timedelta(days=1)
+"""How long a purchase waits for its checkout to be opened by a repeat; as long as a checkout is open."""
+OPEN_TOP_UPS_MAX = 10
+"""Purchases of one user whose checkout is open."""
 
 
 class State(StrEnum):
@@ -78,6 +83,12 @@ class TopUp:
     def needs_checkout(self) -> bool:
         """Whether it was begun, but no checkout opened: new, or whoever began it died there."""
         return self.state is State.PENDING and self.checkout_url is None
+
+    def state_at(self, moment: datetime) -> State:
+        """The state to show: a purchase whose checkout never opened has nobody who would say that it is over."""
+        if self.needs_checkout and moment > self.create_time + UNOPENED_LIFE:
+            return State.EXPIRED
+        return self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +152,17 @@ def package_of(prices: PriceTable, package_id: str) -> CreditPackage:
     return package
 
 
-def begun(top_up: TopUp | None) -> TopUp:
-    """The purchase that a request began, now or before. Raises ALREADY_EXISTS (REQUEST_ID_REUSED)."""
+def begun(outcome: Outcome, top_up: TopUp | None) -> TopUp:
+    """The purchase that a request began, now or before.
+
+    Raises ALREADY_EXISTS (REQUEST_ID_REUSED), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+    """
+    if outcome is Outcome.TOO_MANY:
+        raise MeshError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            Reason.ERROR_REASON_LIMIT_REACHED,
+            f"{OPEN_TOP_UPS_MAX} purchases are open: pay one of them, or wait until they expire",
+        )
     if top_up is None:
         raise MeshError(
             grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_REQUEST_ID_REUSED, "request_id was used before for another purchase"

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from genmesh.credits.v1 import payments_pb2 as pb
 from genmesh.credits.v1 import payments_pb2_grpc as pb_grpc
 from genmesh.identity.v1 import identity_pb2
 from servicekit.database import transaction
+from servicekit.errors import MeshError, Reason
 from servicekit.identity import current_user_id
 from servicekit.interceptors import Context
 from servicekit.paging import page_limit
@@ -78,7 +80,7 @@ class PaymentsServicer(pb_grpc.PaymentsServiceServicer):
         provider = self._offered()
         package = payments.package_of(self._prices, request.package_id)
         async with transaction(self._engine) as connection:
-            begun = await store.begin_top_up(
+            outcome, begun = await store.begin_top_up(
                 connection,
                 user_id=user_id_of(current_user_id()),
                 request_id=UUID(request.request_id),
@@ -86,7 +88,7 @@ class PaymentsServicer(pb_grpc.PaymentsServiceServicer):
                 package=package,
                 currency=self._prices.currency,
             )
-        top_up = payments.begun(begun)
+        top_up = payments.begun(outcome, begun)
         if top_up.needs_checkout:
             checkout = await provider.create_checkout(top_up)
             async with transaction(self._engine) as connection:
@@ -112,7 +114,14 @@ class PaymentsServicer(pb_grpc.PaymentsServiceServicer):
 
     async def ReceivePaymentEvent(self, request: pb.ReceivePaymentEventRequest, context: Context) -> pb.ReceivePaymentEventResponse:
         """See PaymentsService. What is recorded is answered with success, whatever came of it: telling it again would change nothing."""
-        event = self._offered().parse_event(request.body.data, _metadata(context))
+        provider = self._offered()
+        try:
+            event = provider.parse_event(request.body.data, _metadata(context))
+        except MeshError as refusal:
+            # A wrong secret looks like this, and so does a stranger: only the number tells.
+            PAYMENT_EVENTS.labels("", "refused").inc()
+            _log.warning("payments.event_refused", provider=provider.name, reason=Reason.Name(refusal.reason))
+            raise
         async with transaction(self._engine) as connection:
             answer = await store.settle_top_up(connection, event)
         if answer.user_id is not None:
@@ -125,8 +134,12 @@ class PaymentsServicer(pb_grpc.PaymentsServiceServicer):
                 provider=event.provider,
                 event_id=event.event_id,
                 event_type=event.event_type,
-                top_up_id=str(event.top_up_id),
+                top_up_id=str(event.top_up_id) if event.top_up_id else None,
+                user_id=str(answer.user_id) if answer.user_id else None,
                 outcome=str(answer.outcome),
+                amount_minor=event.amount_minor,
+                refunded_minor=event.refunded_minor,
+                currency=event.currency,
             )
         return pb.ReceivePaymentEventResponse()
 
@@ -145,12 +158,13 @@ def _metadata(context: Context) -> Mapping[str, str]:
 def _top_up(top_up: payments.TopUp) -> pb.TopUp:
     message = pb.TopUp(
         top_up_id=str(top_up.top_up_id),
-        state=_STATES[top_up.state],
+        state=_STATES[top_up.state_at(datetime.now(UTC))],
         package_id=top_up.package_id,
         amount_millicredits=top_up.amount_millicredits,
         price_minor=top_up.price_minor,
         currency=top_up.currency,
         refunded_millicredits=top_up.refunded_millicredits,
+        uncollected_millicredits=top_up.uncollected_millicredits,
     )
     message.create_time.FromDatetime(top_up.create_time)
     if top_up.state is payments.State.PENDING and top_up.checkout_url:

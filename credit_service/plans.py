@@ -28,6 +28,8 @@ LEASE_S = 60.0
 """How long a round is its replica's without a word from it: far more than a page of members takes."""
 LOOK_INTERVAL_S = 10.0
 """How often a replica looks whether a round is to be had."""
+GRACE = timedelta(days=2)
+"""How long credits outlive their month unless the next ones come: nobody is without because a round is late."""
 RETRY_MIN_S = 0.5
 RETRY_MAX_S = 30.0
 
@@ -168,6 +170,7 @@ class PlanGrants:
                     plan=one.price.plan,
                     start_time=one.month.start_time,
                     end_time=one.month.end_time,
+                    expire_time=one.month.end_time + GRACE,
                     amount_millicredits=one.price.monthly_grant_millicredits,
                 )
             if outcome == store.PLAN_GRANTED:
@@ -179,10 +182,15 @@ class PlanGrants:
         return granted
 
     def _due(self, member: identity_pb2.Member, moment: datetime) -> _Due | None:
+        try:
+            user_id = uuid.UUID(member.user_id)
+        except ValueError:
+            _log.error("plan_grants.member_unreadable", user_id=member.user_id)
+            return None
         price = self._prices.get(member.plan)
         if price is None:
             # Of a gateway that is newer than this process: its members get theirs from a process that knows the plan.
             _log.warning("plan_grants.plan_unknown", user_id=member.user_id, plan=member.plan)
             return None
         month = due_month(price, member.plan_start_time.ToDatetime(tzinfo=UTC), moment)
-        return None if month is None else _Due(uuid.UUID(member.user_id), price, month)
+        return None if month is None else _Due(user_id, price, month)

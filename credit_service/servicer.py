@@ -1,11 +1,12 @@
 """The RPCs of genmesh.credits.v1: message → ledger → message. No SQL and no rules here."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from uuid import UUID
 
+import structlog
 from google.protobuf import timestamp_pb2
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -19,6 +20,8 @@ from servicekit.errors import invalid, permission_denied
 from servicekit.identity import current_principal, current_user_id
 from servicekit.interceptors import Context
 from servicekit.paging import page_limit
+
+_log = structlog.get_logger(__name__)
 
 _KINDS = {
     ledger.Kind.GRANT: pb.Entry.KIND_GRANT,
@@ -79,19 +82,8 @@ class CreditsServicer(pb_grpc.CreditsServiceServicer):
 
     async def ListEntries(self, request: pb.ListEntriesRequest, context: Context) -> pb.ListEntriesResponse:
         """See CreditsService."""
-        query = ledger.EntryQuery(
-            user_id=ledger.user_id_of(current_user_id()),
-            job_id=UUID(request.job_id) if request.job_id else None,
-            kinds=frozenset(_KINDS_BY_NUMBER[kind] for kind in request.kinds),
-            start_time=_moment("start_time", request.start_time) if request.HasField("start_time") else None,
-            end_time=_moment("end_time", request.end_time) if request.HasField("end_time") else None,
-        )
-        limit = page_limit(request.page_size)
-        before = query.position(request.page_token)
-        async with reading(self._engine) as connection:
-            found = await store.list_entries(connection, query, before=before, limit=limit + 1)
-        entries, next_page_token = ledger.page(query, found, limit)
-        return pb.ListEntriesResponse(entries=[_entry(entry) for entry in entries], next_page_token=next_page_token)
+        entries, next_page_token = await _list_entries(self._engine, ledger.user_id_of(current_user_id()), request)
+        return pb.ListEntriesResponse(entries=map(_entry, entries), next_page_token=next_page_token)
 
     async def ListCeilings(self, request: pb.ListCeilingsRequest, context: Context) -> pb.ListCeilingsResponse:
         """See CreditsService."""
@@ -104,7 +96,9 @@ class CreditsServicer(pb_grpc.CreditsServiceServicer):
         if current_principal().api_key_id is not None:
             raise permission_denied("an API key sets no ceilings; sign in")
         api_key_id = _api_key_id(request.api_key_id)
-        ceiling = await _set_ceiling(self._engine, ledger.user_id_of(current_user_id()), api_key_id, request)
+        user_id = ledger.user_id_of(current_user_id())
+        with self._feed.changing(user_id):  # what was due to lapse has lapsed
+            ceiling = await _set_ceiling(self._engine, user_id, api_key_id, request)
         return pb.SetKeyCeilingResponse(ceiling=ceiling)
 
 
@@ -131,6 +125,13 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
                     expire_time=_moment("expire_time", request.expire_time) if request.HasField("expire_time") else None,
                 )
         balance = ledger.granted(answer)
+        _log.info(
+            "grant.done",
+            user_id=request.user_id,
+            actor_id=current_user_id(),
+            request_id=request.request_id,
+            amount_millicredits=request.amount_millicredits,
+        )
         return pb.GrantCreditsResponse(
             available_millicredits=balance.available_millicredits, reserved_millicredits=balance.reserved_millicredits
         )
@@ -149,6 +150,13 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
                     reason=request.reason,
                 )
         balance = ledger.taken_back(answer, amount_millicredits=request.amount_millicredits)
+        _log.info(
+            "clawback.done",
+            user_id=request.user_id,
+            actor_id=current_user_id(),
+            request_id=request.request_id,
+            amount_millicredits=request.amount_millicredits,
+        )
         return pb.ClawbackCreditsResponse(
             available_millicredits=balance.available_millicredits, reserved_millicredits=balance.reserved_millicredits
         )
@@ -175,9 +183,18 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
             ceilings=map(_ceiling, ceilings),
         )
 
+    async def ListAccountEntries(self, request: pb.ListAccountEntriesRequest, context: Context) -> pb.ListAccountEntriesResponse:
+        """See LedgerAdminService."""
+        entries, next_page_token = await _list_entries(self._engine, UUID(request.user_id), request)
+        return pb.ListAccountEntriesResponse(entries=map(_entry_with_actor, entries), next_page_token=next_page_token)
+
     async def SetUserCeiling(self, request: pb.SetUserCeilingRequest, context: Context) -> pb.SetUserCeilingResponse:
         """See LedgerAdminService."""
-        return pb.SetUserCeilingResponse(ceiling=await _set_ceiling(self._engine, UUID(request.user_id), None, request))
+        user_id = UUID(request.user_id)
+        with self._feed.changing(user_id):
+            ceiling = await _set_ceiling(self._engine, user_id, None, request)
+        _log.info("ceiling.set", user_id=request.user_id, actor_id=current_user_id())
+        return pb.SetUserCeilingResponse(ceiling=ceiling)
 
     async def AuditLedger(self, request: pb.AuditLedgerRequest, context: Context) -> AsyncGenerator[pb.AuditLedgerResponse]:
         """See LedgerAdminService."""
@@ -205,17 +222,16 @@ class LedgerServicer(pb_grpc.LedgerServiceServicer):
         """See LedgerService."""
         user_id = UUID(request.user_id)
         with self._feed.changing(user_id):
-            async with transaction(self._engine) as connection:
-                answer = await store.reserve(
-                    connection,
-                    reservation_id=UUID(request.reservation_id),
-                    job_id=UUID(request.job_id or request.reservation_id),
-                    user_id=user_id,
-                    amount_millicredits=request.amount_millicredits,
-                    ttl=request.ttl.ToTimedelta(),
-                    model=request.model,
-                    api_key_id=_api_key_id(request.api_key_id) if request.api_key_id else None,
-                )
+            answer = await store.reserve(
+                self._engine,
+                reservation_id=UUID(request.reservation_id),
+                job_id=UUID(request.job_id or request.reservation_id),
+                user_id=user_id,
+                amount_millicredits=request.amount_millicredits,
+                ttl=request.ttl.ToTimedelta(),
+                model=request.model,
+                api_key_id=_api_key_id(request.api_key_id) if request.api_key_id else None,
+            )
         reservation = ledger.reserved(answer, amount_millicredits=request.amount_millicredits)
         return pb.ReserveCreditsResponse(reservation=_reservation(reservation))
 
@@ -225,20 +241,18 @@ class LedgerServicer(pb_grpc.LedgerServiceServicer):
             [ledger.ReceiptLine(line.description, line.quantity, line.unit, line.amount_millicredits) for line in request.lines],
             amount_millicredits=request.amount_millicredits,
         )
-        async with transaction(self._engine) as connection:
-            answer = await store.capture(
-                connection,
-                reservation_id=UUID(request.reservation_id),
-                amount_millicredits=request.amount_millicredits,
-                lines=lines,
-            )
+        answer = await store.capture(
+            self._engine,
+            reservation_id=UUID(request.reservation_id),
+            amount_millicredits=request.amount_millicredits,
+            lines=lines,
+        )
         self._settled(answer)
         return pb.CaptureReservationResponse(reservation=_reservation(ledger.captured(answer)))
 
     async def ReleaseReservation(self, request: pb.ReleaseReservationRequest, context: Context) -> pb.ReleaseReservationResponse:
         """See LedgerService."""
-        async with transaction(self._engine) as connection:
-            answer = await store.release(connection, reservation_id=UUID(request.reservation_id))
+        answer = await store.release(self._engine, reservation_id=UUID(request.reservation_id))
         self._settled(answer)
         return pb.ReleaseReservationResponse(reservation=_reservation(ledger.released(answer)))
 
@@ -251,6 +265,23 @@ class LedgerServicer(pb_grpc.LedgerServiceServicer):
     def _settled(self, answer: ledger.ReservationAnswer) -> None:
         if answer.reservation is not None:
             self._feed.changed(answer.reservation.user_id)
+
+
+async def _list_entries(
+    engine: AsyncEngine, user_id: UUID, request: pb.ListEntriesRequest | pb.ListAccountEntriesRequest
+) -> tuple[Sequence[ledger.Entry], str]:
+    query = ledger.EntryQuery(
+        user_id=user_id,
+        job_id=UUID(request.job_id) if request.job_id else None,
+        kinds=frozenset(_KINDS_BY_NUMBER[kind] for kind in request.kinds),
+        start_time=_moment("start_time", request.start_time) if request.HasField("start_time") else None,
+        end_time=_moment("end_time", request.end_time) if request.HasField("end_time") else None,
+    )
+    limit = page_limit(request.page_size)
+    before = query.position(request.page_token)
+    async with reading(engine) as connection:
+        found = await store.list_entries(connection, query, before=before, limit=limit + 1)
+    return ledger.page(query, found, limit)
 
 
 def _api_key_id(text: str) -> UUID:
@@ -292,6 +323,7 @@ def _reservation(reservation: ledger.Reservation) -> pb.Reservation:
 def _entry(entry: ledger.Entry) -> pb.Entry:
     return pb.Entry(
         entry_id=entry.entry_id,
+        event_id=entry.event_id,
         kind=_KINDS[entry.kind],
         account=_ACCOUNTS[entry.account],
         amount_millicredits=entry.amount_millicredits,
@@ -304,6 +336,12 @@ def _entry(entry: ledger.Entry) -> pb.Entry:
         expire_time=_timestamp(entry.expire_time),
         top_up_id=str(entry.top_up_id) if entry.top_up_id else "",
     )
+
+
+def _entry_with_actor(entry: ledger.Entry) -> pb.Entry:
+    message = _entry(entry)
+    message.actor_id = str(entry.actor_id) if entry.actor_id else ""
+    return message
 
 
 def _ceiling(ceiling: ledger.Ceiling) -> pb.Ceiling:

@@ -12,6 +12,8 @@ from servicekit.settings import DatabaseSettings, HostPort, ServerSettings
 class CreditSettings(ServerSettings, DatabaseSettings):
     """Settings of `credit_service serve`. `migrate` needs no more than DatabaseSettings."""
 
+    # Operations that wait for the same flush of the log share it: more of them at once, more of them done.
+    database_pool_size: int = Field(16, ge=1, le=100, description="Connections a process holds at most")
     hold_expiry_interval_s: float = Field(
         2.0, gt=0, le=30, description="How often credit_service looks for holds and promotional credits whose time is over"
     )
@@ -24,7 +26,9 @@ class CreditSettings(ServerSettings, DatabaseSettings):
     )
     gateway_address: HostPort = Field("127.0.0.1:50050", description="Where credit_service asks who has which plan (mTLS)")
     payment_provider: Literal["none", "stripe"] = Field("none", description="Who takes payments for credits; `none`: nobody")
-    payment_return_url: str = Field("http://127.0.0.1:8080/", description="Where a browser goes after a checkout")
+    payment_return_url: str | None = Field(
+        None, description="Page a browser goes to after a checkout; gets `?top_up_id=…`, and `&cancelled=true` if nobody paid"
+    )
     stripe_secret_key: SecretStr | None = Field(None, description="Stripe's secret API key (sk_…)")
     stripe_webhook_secret: SecretStr | None = Field(None, description="Secret that Stripe signs its notices with (whsec_…)")
     stripe_api_url: str | None = Field(None, description="Where Stripe's API is; unset: Stripe's own address")
@@ -37,6 +41,8 @@ class CreditSettings(ServerSettings, DatabaseSettings):
 
     @model_validator(mode="after")
     def _stripe_is_complete(self) -> "CreditSettings":
-        if self.payment_provider == "stripe" and not (self.stripe_secret_key and self.stripe_webhook_secret):
-            raise ValueError("GENMESH_PAYMENT_PROVIDER=stripe needs GENMESH_STRIPE_SECRET_KEY and GENMESH_STRIPE_WEBHOOK_SECRET")
+        needed = (self.stripe_secret_key, self.stripe_webhook_secret, self.payment_return_url)
+        if self.payment_provider == "stripe" and not all(needed):
+            others = "GENMESH_STRIPE_SECRET_KEY, GENMESH_STRIPE_WEBHOOK_SECRET and GENMESH_PAYMENT_RETURN_URL"
+            raise ValueError(f"GENMESH_PAYMENT_PROVIDER=stripe needs {others}")
         return self

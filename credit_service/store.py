@@ -32,11 +32,12 @@ from credit_service.ledger import (
     Reservation,
     ReservationAnswer,
     State,
+    Swept,
 )
-from credit_service.payments import Checkout, EventAnswer, EventOutcome, PaymentEvent, TopUp, TopUpQuery
+from credit_service.payments import OPEN_TOP_UPS_MAX, Checkout, EventAnswer, EventOutcome, PaymentEvent, TopUp, TopUpQuery
 from credit_service.payments import State as TopUpState
 from credit_service.prices import CreditPackage
-from credit_service.tables import ceilings, entries, events, grants, lots, reservations, rounds, top_ups
+from credit_service.tables import ceilings, clawbacks, entries, events, grants, lots, reservations, rounds, top_ups
 from servicekit.database import fetch_row
 
 WHOLE_ACCOUNT = UUID(int=0)
@@ -51,8 +52,8 @@ _CLAWBACK = sa.text("SELECT * FROM credits.clawback(:actor_id, :request_id, :use
 _RESERVE = "SELECT * FROM credits.reserve($1, $2, $3, $4, $5, $6, $7)"
 _CAPTURE = "SELECT * FROM credits.capture($1, $2, $3)"
 _RELEASE = "SELECT * FROM credits.release($1)"
-_EXPIRE_DUE = sa.text("SELECT credits.expire_due(:limit)")
-_LAPSE_DUE = sa.text("SELECT credits.lapse_due(:limit)")
+_EXPIRE_HOLDS = sa.text("SELECT owner_id, problem FROM credits.expire_holds(:limit)")
+_LAPSE_DUE = sa.text("SELECT owner_id, problem FROM credits.lapse_due(:limit)")
 _SET_CEILING = sa.text(
     "SELECT outcome, (ceiling).* FROM credits.set_ceiling(:user_id, :api_key_id, :daily, :monthly, :keys_max)"
 ).bindparams(sa.bindparam("daily", type_=sa.BigInteger), sa.bindparam("monthly", type_=sa.BigInteger))
@@ -131,14 +132,14 @@ async def release(source: AsyncEngine | AsyncConnection, *, reservation_id: UUID
     return _answer(await fetch_row(source, _RELEASE, reservation_id))
 
 
-async def expire_due(connection: AsyncConnection, *, limit: int) -> Sequence[UUID]:
-    """Give back up to `limit` holds whose time is over by the database's clock; returns whose each was."""
-    return (await connection.execute(_EXPIRE_DUE, {"limit": limit})).scalars().all()
+async def expire_holds(connection: AsyncConnection, *, limit: int) -> Sequence[Swept]:
+    """Give back up to `limit` holds whose time is over by the database's clock."""
+    return [Swept(*row) for row in await connection.execute(_EXPIRE_HOLDS, {"limit": limit})]
 
 
-async def lapse_due(connection: AsyncConnection, *, limit: int) -> Sequence[UUID]:
-    """Let promotional credits lapse whose time is over, of up to `limit` users; returns who they were."""
-    return (await connection.execute(_LAPSE_DUE, {"limit": limit})).scalars().all()
+async def lapse_due(connection: AsyncConnection, *, limit: int) -> Sequence[Swept]:
+    """Let promotional credits lapse whose time is over, of up to `limit` users."""
+    return [Swept(*row) for row in await connection.execute(_LAPSE_DUE, {"limit": limit})]
 
 
 async def get_reservation(connection: AsyncConnection, *, reservation_id: UUID) -> ReservationAnswer:
@@ -236,6 +237,7 @@ async def list_entries(connection: AsyncConnection, query: EntryQuery, *, before
     statement = (
         sa.select(
             entries.c.entry_id,
+            entries.c.event_id,
             events.c.kind,
             entries.c.account,
             entries.c.amount_millicredits,
@@ -248,10 +250,12 @@ async def list_entries(connection: AsyncConnection, query: EntryQuery, *, before
             events.c.lines,
             lots.c.expire_time,
             events.c.top_up_id,
+            sa.func.coalesce(grants.c.actor_id, clawbacks.c.actor_id).label("actor_id"),
         )
         .join(events, entries.c.event_id == events.c.event_id)
         .outerjoin(reservations, reservations.c.reservation_id == events.c.reservation_id)
         .outerjoin(grants, grants.c.event_id == events.c.event_id)
+        .outerjoin(clawbacks, clawbacks.c.event_id == events.c.event_id)
         .outerjoin(lots, lots.c.lot_id == entries.c.lot_id)
         .where(entries.c.user_id == query.user_id)
         .order_by(entries.c.entry_id.desc())
@@ -270,6 +274,7 @@ async def list_entries(connection: AsyncConnection, query: EntryQuery, *, before
     return [
         Entry(
             entry_id=row.entry_id,
+            event_id=row.event_id,
             kind=Kind(row.kind),
             account=Account(row.account),
             amount_millicredits=row.amount_millicredits,
@@ -281,6 +286,7 @@ async def list_entries(connection: AsyncConnection, query: EntryQuery, *, before
             lines=tuple(ReceiptLine(**line) for line in row.lines or ()),
             expire_time=row.expire_time,
             top_up_id=row.top_up_id,
+            actor_id=row.actor_id,
         )
         for row in await connection.execute(statement)
     ]
@@ -338,7 +344,7 @@ def _reservation(row: Mapping[Any, Any]) -> Reservation:
 # --- grants of plans, and the rounds in which one of the replicas makes them -----------------------------------------------------------
 
 PLAN_GRANTED, PLAN_GRANT_KNOWN = "ok", "known"
-_GRANT_PLAN = sa.text("SELECT credits.grant_plan(:user_id, :plan, :start_time, :end_time, :amount)")
+_GRANT_PLAN = sa.text("SELECT credits.grant_plan(:user_id, :plan, :start_time, :end_time, :expire_time, :amount)")
 # The question with which credits.grant_plan begins, for many at once.
 _WITHOUT_PLAN_GRANT = sa.text(
     "SELECT d.user_id FROM unnest(CAST(:user_ids AS uuid[]), CAST(:plans AS text[]), CAST(:start_times AS timestamptz[]))"
@@ -348,14 +354,21 @@ _WITHOUT_PLAN_GRANT = sa.text(
 
 
 async def grant_plan(
-    connection: AsyncConnection, *, user_id: UUID, plan: str, start_time: datetime, end_time: datetime, amount_millicredits: int
+    connection: AsyncConnection,
+    *,
+    user_id: UUID,
+    plan: str,
+    start_time: datetime,
+    end_time: datetime,
+    expire_time: datetime,
+    amount_millicredits: int,
 ) -> str:
-    """Give the credits of a month of a plan, which lapse at its end.
+    """Give the credits of a month of a plan, which lapse when the next ones come, at `expire_time` at the latest.
 
     PLAN_GRANTED; PLAN_GRANT_KNOWN where a grant of the plan covers the start already; else why not.
     """
-    parameters = {"user_id": user_id, "plan": plan, "start_time": start_time, "end_time": end_time, "amount": amount_millicredits}
-    return (await connection.execute(_GRANT_PLAN, parameters)).scalar_one()
+    parameters = {"user_id": user_id, "plan": plan, "start_time": start_time, "end_time": end_time, "expire_time": expire_time}
+    return (await connection.execute(_GRANT_PLAN, {**parameters, "amount": amount_millicredits})).scalar_one()
 
 
 async def without_plan_grant(connection: AsyncConnection, months: Sequence[tuple[UUID, str, datetime]]) -> set[UUID]:
@@ -393,7 +406,7 @@ async def finish_round(connection: AsyncConnection, name: str, *, holder: UUID, 
 
 _BEGIN_TOP_UP = sa.text(
     "SELECT begun.outcome, (begun.top_up).* FROM credits.begin_top_up("
-    ":user_id, :request_id, :provider, :package_id, :amount, :price_minor, :currency) AS begun"
+    ":user_id, :request_id, :provider, :package_id, :amount, :price_minor, :currency, :open_max) AS begun"
 )
 _OPENED_TOP_UP = sa.text("SELECT * FROM credits.opened_top_up(:top_up_id, :reference, :url, :expire_time)").bindparams(
     sa.bindparam("expire_time", type_=sa.TIMESTAMP(timezone=True))
@@ -412,8 +425,8 @@ _SETTLE_TOP_UP = sa.text(
 
 async def begin_top_up(
     connection: AsyncConnection, *, user_id: UUID, request_id: UUID, provider: str, package: CreditPackage, currency: str
-) -> TopUp | None:
-    """Begin a purchase; the same request again shows it as it stands by then. None: the id was used for another one."""
+) -> tuple[Outcome, TopUp | None]:
+    """Begin a purchase; the same request again shows it as it stands by then."""
     parameters = {
         "user_id": user_id,
         "request_id": request_id,
@@ -422,9 +435,11 @@ async def begin_top_up(
         "amount": package.amount_millicredits,
         "price_minor": package.price_minor,
         "currency": currency,
+        "open_max": OPEN_TOP_UPS_MAX,
     }
     row = (await connection.execute(_BEGIN_TOP_UP, parameters)).one()
-    return _top_up(row) if Outcome(row.outcome) is Outcome.OK else None
+    outcome = Outcome(row.outcome)
+    return outcome, _top_up(row) if outcome is Outcome.OK else None
 
 
 async def opened_top_up(connection: AsyncConnection, *, top_up_id: UUID, checkout: Checkout) -> TopUp:

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import stripe
 import structlog
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from credit_service.payments import Checkout, EventKind, PaymentEvent, TopUp, out_of_reach, signature_invalid
 from servicekit.errors import invalid
@@ -125,7 +125,6 @@ class StripePayments:
         # Everything comes from the purchase: a repeat with the same key has to say the same. No `expires_at` for the same reason: it is
         # counted from when the session is made, and a repeat may come late. Without it, a session lives for 24 hours.
         metadata = {TOP_UP_KEY: str(top_up.top_up_id)}
-        back = self._back_to(top_up)
         return self._client.v1.checkout.sessions.create(
             {
                 "mode": "payment",
@@ -145,14 +144,14 @@ class StripePayments:
                 ],
                 # What is paid is the price in its currency, not in the buyer's.
                 "adaptive_pricing": {"enabled": False},
-                "success_url": back,
-                "cancel_url": back,
+                "success_url": self._back_to(top_up),
+                "cancel_url": self._back_to(top_up, cancelled="true"),
             },
             {"idempotency_key": str(top_up.top_up_id)},
         )
 
-    def _back_to(self, top_up: TopUp) -> str:
-        query = [*parse_qsl(self._return_url.query), ("top_up_id", str(top_up.top_up_id))]
+    def _back_to(self, top_up: TopUp, **more: str) -> str:
+        query = [*parse_qsl(self._return_url.query), ("top_up_id", str(top_up.top_up_id)), *more.items()]
         return urlunsplit(self._return_url._replace(query=urlencode(query)))
 
     def parse_event(self, body: bytes, metadata: Mapping[str, str]) -> PaymentEvent:
@@ -166,11 +165,13 @@ class StripePayments:
         try:
             stripe.WebhookSignature.verify_header(body, signature, self._webhook_secret, SIGNATURE_TOLERANCE_S)
         except stripe.SignatureVerificationError as error:
-            raise signature_invalid(f"the signature does not verify: {error.user_message}") from error
+            raise signature_invalid("the signature does not verify, or is too old") from error
         try:
             return _read(_Event.model_validate_json(body))
-        except ValueError as error:  # pydantic's among them
-            _log.error("payments.event_unreadable", error=str(error))
+        except ValueError as error:
+            # Without the input, which tells who bought.
+            told = error.errors(include_input=False, include_url=False) if isinstance(error, ValidationError) else str(error)
+            _log.error("payments.event_unreadable", errors=told)
             raise invalid("body", "is not a Stripe event of a known form") from error
 
 

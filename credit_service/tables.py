@@ -26,6 +26,7 @@ accounts = sa.Table(
     sa.Column("create_time", _timestamp, nullable=False),
     _amount("promotional_millicredits"),
     sa.Column("version", sa.BigInteger, nullable=False),
+    sa.Column("event_time", _timestamp),
 )
 
 lots = sa.Table(
@@ -129,6 +130,7 @@ plan_grants = sa.Table(
     sa.Column("plan", sa.Text, primary_key=True),
     sa.Column("start_time", _timestamp, primary_key=True),
     sa.Column("end_time", _timestamp, nullable=False),
+    sa.Column("expire_time", _timestamp, nullable=False),
     _amount("amount_millicredits"),
     sa.Column("event_id", sa.BigInteger, sa.ForeignKey(events.c.event_id), nullable=False, unique=True),
 )

@@ -6,7 +6,7 @@ SQL itself lives in each service's `store.py`.
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from servicekit.errors import MeshError, Reason, unavailable
 from servicekit.settings import DatabaseSettings
 
 CONNECT_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 2.0
 RETRY_AFTER_S = 0.5
 MIGRATION_LOCK_POLL_S = 0.1
 
@@ -40,6 +41,7 @@ def create_engine(settings: DatabaseSettings, *, schema: str, application: str, 
         pool_size=settings.database_pool_size,
         max_overflow=0,
         pool_timeout=settings.database_pool_timeout_s,
+        hide_parameters=True,  # errors are logged, and parameters are users' data
         # A ping before every transaction would cost a round trip; `_refuse_closed` sees the same in most cases.
         pool_pre_ping=False,
         connect_args={
@@ -86,36 +88,58 @@ async def autocommit(engine: AsyncEngine) -> AsyncGenerator[AsyncConnection]:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
         yield connection
     finally:
-        await asyncio.shield(asyncio.ensure_future(connection.close()))
+        # Nothing is to be rolled back, so nothing is waited for, and no cancellation can come in between.
+        _sync(connection).close()
 
 
 reading = autocommit
 """For queries that need no transaction around them."""
 
 
-async def fetch_row(connection: AsyncConnection, statement: str, *arguments: object) -> dict[str, Any]:
-    """The row of a statement ($1 …) that always has one and is a transaction of its own, on a connection in autocommit.
+async def fetch_row(source: AsyncEngine | AsyncConnection, statement: str, *arguments: object) -> dict[str, Any]:
+    """The row of a statement ($1 …) that always has one and is a transaction of its own; with an engine, on a connection just for it.
 
-    It is given to the driver as it is, in one round trip: what SQLAlchemy does for a statement and its result takes several times
-    the processor time. Raises the driver's errors, which `translate` knows.
+    The driver gets it as it is, in one round trip: SQLAlchemy's ways to a connection, a statement and a result take several times its
+    processor time. Raises the driver's errors, which `translate` knows.
     """
-    pooled = _pooled(connection)
-    if not pooled.dbapi_connection.autocommit:
-        raise RuntimeError("the statement would not be part of the connection's transaction")
+    if isinstance(source, AsyncConnection):
+        pooled = _pooled(source)
+        if not pooled.dbapi_connection.autocommit:
+            raise RuntimeError("the statement would not be part of the connection's transaction")
+        return await _fetch_row(pooled.driver_connection, statement, arguments)
+    pooled: Any = await source.raw_connection()
     try:
-        return dict(await pooled.driver_connection.fetchrow(statement, *arguments))
+        return await _fetch_row(pooled.driver_connection, statement, arguments)
+    finally:
+        pooled.close()  # nothing is waited for: see `autocommit`
+
+
+async def _fetch_row(driver: asyncpg.Connection, statement: str, arguments: tuple[object, ...]) -> dict[str, Any]:
+    try:
+        row = await driver.fetchrow(statement, *arguments)
     except asyncpg.PostgresError:
-        raise  # the connection is as good as before, or closed, which the pool sees
-    except BaseException as error:
-        # Cancelled in the middle, for one: the next statement would find the connection busy.
-        await connection.invalidate(error)
+        raise  # the connection is as good as before, or closed
+    except BaseException:
+        # Cancelled in the middle, for one: closing it tells PostgreSQL to stop, and the pool replaces what is closed.
+        await asyncio.shield(asyncio.ensure_future(_close(driver)))
         raise
+    assert row is not None
+    return dict(row)
+
+
+async def _close(driver: asyncpg.Connection) -> None:
+    with suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        await driver.close(timeout=CLOSE_TIMEOUT_S)
+
+
+def _sync(connection: AsyncConnection) -> sa.Connection:
+    """What needs no greenlet as long as it does not wait for PostgreSQL; a greenlet costs about as much as the driver does."""
+    assert connection.sync_connection is not None
+    return connection.sync_connection
 
 
 def _pooled(connection: AsyncConnection) -> Any:
-    """What the pool lent. Not by `get_raw_connection`, which makes a greenlet for the case that it has to connect first."""
-    assert connection.sync_connection is not None
-    return connection.sync_connection.connection
+    return _sync(connection).connection
 
 
 @asynccontextmanager

@@ -180,7 +180,8 @@ class Validation:
             protovalidate.validate(call.request)
         except protovalidate.ValidationError as error:
             violations = [(field_path(violation.proto.field), violation.proto.message) for violation in error.violations]
-            summary = "; ".join(f"{field}: {description}" for field, description in violations)
+            # A rule about several fields has no field of its own.
+            summary = "; ".join(f"{field}: {description}" if field else description for field, description in violations)
             raise MeshError(
                 grpc.StatusCode.INVALID_ARGUMENT, Reason.ERROR_REASON_INVALID_ARGUMENT, summary, violations=violations
             ) from None

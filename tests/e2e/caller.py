@@ -115,6 +115,13 @@ GET_ACCOUNT = Method(
 SET_USER_CEILING = Method(
     _LEDGER_ADMIN + "SetUserCeiling", credits_pb2.SetUserCeilingRequest, credits_pb2.SetUserCeilingResponse, "POST", "/v1/admin/ceilings"
 )
+LIST_ACCOUNT_ENTRIES = Method(
+    _LEDGER_ADMIN + "ListAccountEntries",
+    credits_pb2.ListAccountEntriesRequest,
+    credits_pb2.ListAccountEntriesResponse,
+    "GET",
+    "/v1/admin/accounts/{userId}/entries",
+)
 AUDIT_LEDGER = Method(
     _LEDGER_ADMIN + "AuditLedger", credits_pb2.AuditLedgerRequest, credits_pb2.AuditLedgerResponse, "GET", "/v1/admin/ledger:audit"
 )

@@ -116,7 +116,7 @@ async def test_a_ceiling_refuses_before_the_hold(new_user: NewUser, admin: User,
     assert await user.settled() == (900, 0)
     assert [one.job_id for one in await user.jobs()] == [job.job_id]
 
-    await admin.call(SET_USER_CEILING, credits_pb2.SetUserCeilingRequest(user_id=user.user_id), transport)
+    await admin.call(SET_USER_CEILING, credits_pb2.SetUserCeilingRequest(user_id=user.user_id, lift=True), transport)
     later = (await user.call(CREATE_JOB, request, transport)).job  # the very same request, repeated
     assert (await user.finished(later.job_id)).state == jobs_pb2.STATE_COMPLETED
     assert await user.balance() == (700, 0)

@@ -162,7 +162,7 @@ async def test_owners_bound_their_keys(alice: User, bob: User) -> None:
     assert (await alice.call(SET_KEY_CEILING, request, Transport.JSON)).ceiling.monthly_millicredits == 5
     assert [one.api_key_id for one in (await alice.call(LIST_CEILINGS, credits_pb2.ListCeilingsRequest())).ceilings] == [key_id]
     assert (await bob.call(LIST_CEILINGS, credits_pb2.ListCeilingsRequest())).ceilings == []
-    await alice.call(SET_KEY_CEILING, credits_pb2.SetKeyCeilingRequest(api_key_id=key_id))
+    await alice.call(SET_KEY_CEILING, credits_pb2.SetKeyCeilingRequest(api_key_id=key_id, lift=True))
     assert (await alice.call(LIST_CEILINGS, credits_pb2.ListCeilingsRequest())).ceilings == []
 
 
@@ -212,6 +212,10 @@ async def test_the_audit_of_a_busy_ledger_finds_nothing(alice: User, admin: User
 async def test_users_are_no_administrators(
     alice: User, bob: User, transport: Transport, method: "Method[Any, Any]", request_type: Any
 ) -> None:
-    message = clawback(bob, 1) if method is CLAWBACK_CREDITS else request_type(user_id=bob.user_id)
+    message: Any = request_type(user_id=bob.user_id)
+    if method is CLAWBACK_CREDITS:
+        message = clawback(bob, 1)
+    elif method is SET_USER_CEILING:
+        message.lift = True
     refusal = await refused(alice.call(method, message, transport))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")

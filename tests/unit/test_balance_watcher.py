@@ -53,6 +53,18 @@ def test_what_was_asked_to_be_repeated_is_sent_again_once():
     assert not watcher.waiting
 
 
+def test_after_a_silence_an_older_balance_is_believed():
+    # Of a database that failed over, and lost what it had.
+    watcher = Watcher()
+    watcher.offer(balance(7, 100))
+    watcher.take()
+    watcher.offer(balance(5, 40))
+    assert not watcher.waiting
+    watcher.repeat()
+    watcher.offer(balance(5, 40))
+    assert watcher.take() == balance(5, 40)
+
+
 def test_credits_that_lapse_are_told_though_the_version_is_the_same():
     watcher = Watcher()
     watcher.offer(balance(1, 100, next_expire_time=datetime(2026, 1, 1, tzinfo=UTC)))

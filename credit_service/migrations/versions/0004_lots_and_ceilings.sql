@@ -6,10 +6,12 @@
 SET LOCAL lock_timeout = '5s';
 SET LOCAL statement_timeout = '60s';
 
--- `promotional` is the part of `available` that lies in lots; `version` counts events, so that a watcher knows newer from older.
+-- `promotional` is the part of `available` that lies in lots; `version` grows with each event, so that a watcher knows newer from older;
+-- `event_time` is that of the newest event, before which no other can come: an account's time does not run backwards when the clock does.
 ALTER TABLE credits.accounts
     ADD COLUMN promotional_millicredits bigint NOT NULL DEFAULT 0,
     ADD COLUMN version bigint NOT NULL DEFAULT 0,
+    ADD COLUMN event_time timestamptz,
     ADD CONSTRAINT accounts_promotional CHECK (promotional_millicredits BETWEEN 0 AND available_millicredits) NOT VALID;
 
 -- Credits that expire together. Guarded by the account's lock; an entry names the lot that it moves, so the entries prove these
@@ -72,16 +74,17 @@ CREATE TABLE credits.clawbacks (
     PRIMARY KEY (actor_id, request_id)
 );
 
--- The months for which a user got the credits of a plan.
+-- The months for which a user got the credits of a plan. They expire a little after their month: when the next ones come.
 CREATE TABLE credits.plan_grants (
     user_id uuid NOT NULL REFERENCES credits.accounts (user_id),
     plan text NOT NULL,
     start_time timestamptz NOT NULL,
     end_time timestamptz NOT NULL,
+    expire_time timestamptz NOT NULL,
     amount_millicredits bigint NOT NULL CHECK (amount_millicredits >= 1),
     event_id bigint NOT NULL UNIQUE REFERENCES credits.events (event_id),
     PRIMARY KEY (user_id, plan, start_time),
-    CONSTRAINT plan_grants_time CHECK (start_time < end_time)
+    CONSTRAINT plan_grants_time CHECK (start_time < end_time AND end_time <= expire_time)
 );
 
 CREATE TRIGGER clawbacks_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON credits.clawbacks

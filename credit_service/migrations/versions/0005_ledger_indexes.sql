@@ -13,6 +13,13 @@ DROP INDEX CONCURRENTLY IF EXISTS credits.reservations_user_time;
 CREATE INDEX CONCURRENTLY reservations_user_time ON credits.reservations (user_id, create_time);
 DROP INDEX CONCURRENTLY IF EXISTS credits.reservations_user;
 
+-- A reservation is made once and settled once, and its events are found by it: one index for what three did.
+DROP INDEX CONCURRENTLY IF EXISTS credits.events_once;
+CREATE UNIQUE INDEX CONCURRENTLY events_once ON credits.events (reservation_id, (kind = 'reserve')) WHERE reservation_id IS NOT NULL;
+DROP INDEX CONCURRENTLY IF EXISTS credits.events_reserved_once;
+DROP INDEX CONCURRENTLY IF EXISTS credits.events_settled_once;
+DROP INDEX CONCURRENTLY IF EXISTS credits.events_reservation;
+
 ALTER TABLE credits.accounts VALIDATE CONSTRAINT accounts_promotional;
 ALTER TABLE credits.reservations VALIDATE CONSTRAINT reservations_promotional;
 ALTER TABLE credits.events VALIDATE CONSTRAINT events_kind;

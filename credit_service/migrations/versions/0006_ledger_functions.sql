@@ -40,7 +40,8 @@ BEGIN
     SET available_millicredits = account.available_millicredits + p_available,
         reserved_millicredits = account.reserved_millicredits + p_reserved,
         promotional_millicredits = account.promotional_millicredits + lots_available,
-        version = account.version + 1
+        version = account.version + 1,
+        event_time = p_moment
     WHERE account.user_id = p_user_id
     RETURNING account.available_millicredits, account.reserved_millicredits
     INTO STRICT available_millicredits, reserved_millicredits;
@@ -86,6 +87,11 @@ BEGIN
 END
 $$;
 
+-- The time of what happens now on an account. The caller holds its lock.
+CREATE FUNCTION credits.moment_of(p_account credits.accounts) RETURNS timestamptz LANGUAGE sql VOLATILE AS $$
+    SELECT greatest(clock_timestamp(), p_account.event_time)
+$$;
+
 -- Takes away what is left of the lots whose time is over; whether there was any. The caller holds the lock on the account.
 CREATE FUNCTION credits.lapse(p_user_id uuid, p_moment timestamptz) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
@@ -115,7 +121,7 @@ BEGIN
         INSERT INTO credits.accounts (user_id) VALUES (p_user_id) ON CONFLICT (user_id) DO NOTHING;
         SELECT * INTO STRICT account FROM credits.accounts AS a WHERE a.user_id = p_user_id FOR UPDATE;
     END IF;
-    IF account.promotional_millicredits > 0 AND credits.lapse(p_user_id, clock_timestamp()) THEN
+    IF account.promotional_millicredits > 0 AND credits.lapse(p_user_id, credits.moment_of(account)) THEN
         SELECT * INTO STRICT account FROM credits.accounts AS a WHERE a.user_id = p_user_id;
     END IF;
     RETURN account;
@@ -181,7 +187,7 @@ BEGIN
     IF NOT credits.fits(account, p_amount) THEN
         outcome := 'amount_out_of_range';
         RETURN;
-    ELSIF p_expire_time <= clock_timestamp() THEN
+    ELSIF p_expire_time <= credits.moment_of(account) THEN
         outcome := 'expire_time_passed';
         RETURN;
     END IF;
@@ -191,7 +197,7 @@ BEGIN
             lots := ARRAY[ROW(credits.open_lot(p_user_id, p_expire_time), p_amount, 0)::credits.lot_move];
         END IF;
         SELECT * INTO STRICT posted
-        FROM credits.post('grant', p_user_id, ROW(NULL, NULL, p_reason, NULL), clock_timestamp(), p_amount, 0, 'grants', lots);
+        FROM credits.post('grant', p_user_id, ROW(NULL, NULL, p_reason, NULL), credits.moment_of(account), p_amount, 0, 'grants', lots);
         INSERT INTO credits.grants (
             actor_id, request_id, user_id, amount_millicredits, reason, expire_time,
             available_after_millicredits, reserved_after_millicredits, event_id
@@ -248,7 +254,7 @@ BEGIN
     BEGIN
         SELECT * INTO STRICT posted
         FROM credits.post(
-            'clawback', p_user_id, ROW(NULL, NULL, p_reason, NULL), clock_timestamp(), -p_amount, 0, 'grants',
+            'clawback', p_user_id, ROW(NULL, NULL, p_reason, NULL), credits.moment_of(account), -p_amount, 0, 'grants',
             (SELECT array_agg(ROW(lot_id, -available, 0)::credits.lot_move) FROM unnest(credits.draw(p_user_id, p_amount)))
         );
         INSERT INTO credits.clawbacks (
@@ -268,14 +274,16 @@ BEGIN
 END
 $$;
 
--- Gives the credits of one month of a plan, once; what is left of them lapses when the month is over. `known`: this month, or one that it
--- overlaps, was given before.
+-- Gives the credits of one month of a plan, once. What is left of the months before goes with it: until then it lasts, so that nobody is
+-- without credits between two months. `known`: this month, or one that it overlaps, was given before.
 CREATE FUNCTION credits.grant_plan(
-    p_user_id uuid, p_plan text, p_start_time timestamptz, p_end_time timestamptz, p_amount bigint
+    p_user_id uuid, p_plan text, p_start_time timestamptz, p_end_time timestamptz, p_expire_time timestamptz, p_amount bigint
 ) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     account credits.accounts;
     posted record;
+    before credits.lot_move[];
+    left_over bigint;
 BEGIN
     -- Asked for every member in every round: mostly answered without a lock.
     IF EXISTS (SELECT 1 FROM credits.plan_grants AS g WHERE g.user_id = p_user_id AND g.plan = p_plan AND g.end_time > p_start_time) THEN
@@ -287,13 +295,23 @@ BEGIN
     ELSIF p_amount < 1 OR NOT credits.fits(account, p_amount) THEN
         RETURN 'amount_out_of_range';
     END IF;
+    SELECT array_agg(ROW(lot.lot_id, -lot.available_millicredits, 0)::credits.lot_move ORDER BY lot.expire_time, lot.lot_id),
+        sum(lot.available_millicredits)
+    INTO before, left_over
+    FROM credits.plan_grants AS g
+    JOIN credits.entries AS e ON e.event_id = g.event_id
+    JOIN credits.lots AS lot ON lot.lot_id = e.lot_id
+    WHERE g.user_id = p_user_id AND g.plan = p_plan AND lot.available_millicredits > 0;
+    IF before IS NOT NULL THEN
+        PERFORM credits.post('lapse', p_user_id, NULL, credits.moment_of(account), -left_over, 0, 'lapsed', before);
+    END IF;
     SELECT * INTO STRICT posted
     FROM credits.post(
-        'plan_grant', p_user_id, ROW(NULL, NULL, p_plan, NULL), clock_timestamp(), p_amount, 0, 'grants',
-        ARRAY[ROW(credits.open_lot(p_user_id, p_end_time), p_amount, 0)::credits.lot_move]
+        'plan_grant', p_user_id, ROW(NULL, NULL, p_plan, NULL), credits.moment_of(account), p_amount, 0, 'grants',
+        ARRAY[ROW(credits.open_lot(p_user_id, p_expire_time), p_amount, 0)::credits.lot_move]
     );
-    INSERT INTO credits.plan_grants (user_id, plan, start_time, end_time, amount_millicredits, event_id)
-    VALUES (p_user_id, p_plan, p_start_time, p_end_time, p_amount, posted.event_id);
+    INSERT INTO credits.plan_grants (user_id, plan, start_time, end_time, expire_time, amount_millicredits, event_id)
+    VALUES (p_user_id, p_plan, p_start_time, p_end_time, p_expire_time, p_amount, posted.event_id);
     RETURN 'ok';
 END
 $$;
@@ -307,8 +325,7 @@ CREATE FUNCTION credits.set_ceiling(
 DECLARE
     today date;
 BEGIN
-    PERFORM credits.lock_account(p_user_id);
-    today := (clock_timestamp() AT TIME ZONE 'UTC')::date;
+    today := (credits.moment_of(credits.lock_account(p_user_id)) AT TIME ZONE 'UTC')::date;
     ceiling.user_id := p_user_id;
     ceiling.api_key_id := p_api_key_id;
     ceiling.daily_millicredits := p_daily;
@@ -324,15 +341,17 @@ BEGIN
             AND (p_api_key_id = '00000000-0000-0000-0000-000000000000' OR r.api_key_id = p_api_key_id)
     ) AS r;
 
+    -- Before anything is changed: who has too many keeps those there are.
+    IF num_nonnulls(p_daily, p_monthly) > 0 AND p_api_key_id <> '00000000-0000-0000-0000-000000000000' AND (
+        SELECT count(*) FROM credits.ceilings AS c
+        WHERE c.user_id = p_user_id AND c.api_key_id NOT IN ('00000000-0000-0000-0000-000000000000', p_api_key_id)
+    ) >= p_keys_max THEN
+        outcome := 'too_many';
+        RETURN;
+    END IF;
     outcome := 'ok';
     DELETE FROM credits.ceilings AS c WHERE c.user_id = p_user_id AND c.api_key_id = p_api_key_id;
     IF num_nonnulls(p_daily, p_monthly) = 0 THEN
-        RETURN;
-    ELSIF p_api_key_id <> '00000000-0000-0000-0000-000000000000' AND (
-        SELECT count(*) FROM credits.ceilings AS c
-        WHERE c.user_id = p_user_id AND c.api_key_id <> '00000000-0000-0000-0000-000000000000'
-    ) >= p_keys_max THEN
-        outcome := 'too_many';
         RETURN;
     END IF;
     INSERT INTO credits.ceilings SELECT (ceiling).*;
@@ -418,7 +437,7 @@ BEGIN
     END IF;
 
     SELECT * INTO account FROM credits.accounts AS a WHERE a.user_id = p_user_id FOR UPDATE;
-    moment := clock_timestamp();
+    moment := credits.moment_of(account);
     SELECT * INTO known FROM credits.reservations AS r WHERE r.reservation_id = p_reservation_id;
     IF FOUND THEN
         -- Without the model, which only explains: a hold from before holds named it is repeated with it.
@@ -466,18 +485,23 @@ END
 $$;
 
 -- Takes back what was counted against ceilings when credits were held at `p_held_time`, if their day or month is still that of the hold.
--- Not below zero: a clock that was set back over midnight in between has started a day twice, and no hold may be kept by that.
 CREATE FUNCTION credits.uncount_spending(
     p_user_id uuid, p_api_key_id uuid, p_amount bigint, p_held_time timestamptz
 ) RETURNS void LANGUAGE sql AS $$
     UPDATE credits.ceilings AS c
-    SET spent_today_millicredits = greatest(0, c.spent_today_millicredits - CASE WHEN c.day = held.day THEN p_amount ELSE 0 END),
-        spent_this_month_millicredits = greatest(0, c.spent_this_month_millicredits - CASE WHEN c.month = held.month THEN p_amount ELSE 0 END)
+    SET spent_today_millicredits = c.spent_today_millicredits - CASE WHEN c.day = held.day THEN p_amount ELSE 0 END,
+        spent_this_month_millicredits = c.spent_this_month_millicredits - CASE WHEN c.month = held.month THEN p_amount ELSE 0 END
     FROM (
         SELECT (p_held_time AT TIME ZONE 'UTC')::date AS day, date_trunc('month', p_held_time AT TIME ZONE 'UTC')::date AS month
     ) AS held
     WHERE c.user_id = p_user_id AND c.api_key_id = ANY (ARRAY['00000000-0000-0000-0000-000000000000', p_api_key_id])
         AND (c.day = held.day OR c.month = held.month)
+$$;
+
+-- Takes up to p_most of what refunds could not take when they came, because it was held for jobs. There are no purchases before 0007.
+CREATE FUNCTION credits.collect_refunds(p_user_id uuid, p_most bigint, p_moment timestamptz) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+END
 $$;
 
 DROP FUNCTION credits.settle(credits.reservations, text, bigint, timestamptz);
@@ -519,6 +543,7 @@ BEGIN
         IF lots IS NOT NULL THEN
             PERFORM credits.lapse(p_held.user_id, p_moment);
         END IF;
+        PERFORM credits.collect_refunds(p_held.user_id, returned, p_moment);
     END IF;
     RETURN settled;
 END
@@ -530,14 +555,16 @@ CREATE OR REPLACE FUNCTION credits.lock_reservation(
     p_reservation_id uuid, OUT moment timestamptz, OUT reservation credits.reservations
 )
 LANGUAGE plpgsql AS $$
+DECLARE
+    account credits.accounts;
 BEGIN
-    PERFORM 1 FROM credits.accounts AS a
+    SELECT * INTO account FROM credits.accounts AS a
     WHERE a.user_id = (SELECT r.user_id FROM credits.reservations AS r WHERE r.reservation_id = p_reservation_id)
     FOR UPDATE;
     IF NOT FOUND THEN
         RETURN;
     END IF;
-    moment := clock_timestamp();
+    moment := credits.moment_of(account);
     SELECT * INTO reservation FROM credits.reservations AS r WHERE r.reservation_id = p_reservation_id;
     IF reservation.state = 'held' AND reservation.expire_time <= moment THEN
         reservation := credits.settle(reservation, 'expired', 0, moment);
@@ -570,13 +597,13 @@ BEGIN
 END
 $$;
 
-DROP FUNCTION credits.expire_due(integer);
-
--- Expires up to p_limit overdue holds; whose they were, one row a hold. Accounts that are busy are left for the next round: waiting with
--- several accounts locked could deadlock with another expirer.
-CREATE FUNCTION credits.expire_due(p_limit integer) RETURNS SETOF uuid LANGUAGE plpgsql AS $$
+-- Expires up to p_limit overdue holds: whose each was, and what went wrong with it. Accounts that are busy are left for the next round: waiting
+-- with several accounts locked could deadlock with another expirer. What is wrong with one hold keeps no other. (`expire_due` of 0001 stays
+-- for services that are not restarted yet.)
+CREATE FUNCTION credits.expire_holds(p_limit integer) RETURNS TABLE (owner_id uuid, problem text) LANGUAGE plpgsql AS $$
 DECLARE
     due record;
+    account credits.accounts;
     reservation credits.reservations;
 BEGIN
     FOR due IN
@@ -585,36 +612,79 @@ BEGIN
         ORDER BY r.expire_time
         LIMIT p_limit
     LOOP
-        PERFORM 1 FROM credits.accounts AS a WHERE a.user_id = due.user_id FOR UPDATE SKIP LOCKED;
+        SELECT * INTO account FROM credits.accounts AS a WHERE a.user_id = due.user_id FOR UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND;
         SELECT * INTO reservation FROM credits.reservations AS r WHERE r.reservation_id = due.reservation_id AND r.state = 'held';
         CONTINUE WHEN NOT FOUND;
-        PERFORM credits.settle(reservation, 'expired', 0, clock_timestamp());
-        RETURN NEXT due.user_id;
+        owner_id := due.user_id;
+        problem := NULL;
+        BEGIN
+            PERFORM credits.settle(reservation, 'expired', 0, credits.moment_of(account));
+        EXCEPTION WHEN OTHERS THEN
+            problem := format('reservation %s: %s', due.reservation_id, sqlerrm);
+        END;
+        RETURN NEXT;
     END LOOP;
 END
 $$;
 
--- Lets promotional credits lapse whose time is over, of up to p_limit users; who they were. Busy accounts are left for the next round.
-CREATE FUNCTION credits.lapse_due(p_limit integer) RETURNS SETOF uuid LANGUAGE plpgsql AS $$
+-- Lets promotional credits lapse whose time is over, of up to p_limit users: who they were, and what went wrong. Busy accounts are left for
+-- the next round.
+CREATE FUNCTION credits.lapse_due(p_limit integer) RETURNS TABLE (owner_id uuid, problem text) LANGUAGE plpgsql AS $$
 DECLARE
-    owner uuid;
+    due record;
+    account credits.accounts;
 BEGIN
-    FOR owner IN
+    FOR due IN
         SELECT lot.user_id FROM credits.lots AS lot
         WHERE lot.available_millicredits > 0 AND lot.expire_time <= clock_timestamp()
         GROUP BY lot.user_id
         ORDER BY min(lot.expire_time)
         LIMIT p_limit
     LOOP
-        PERFORM 1 FROM credits.accounts AS a WHERE a.user_id = owner FOR UPDATE SKIP LOCKED;
+        SELECT * INTO account FROM credits.accounts AS a WHERE a.user_id = due.user_id FOR UPDATE SKIP LOCKED;
         CONTINUE WHEN NOT FOUND;
-        IF credits.lapse(owner, clock_timestamp()) THEN
-            RETURN NEXT owner;
-        END IF;
+        owner_id := due.user_id;
+        problem := NULL;
+        BEGIN
+            CONTINUE WHEN NOT credits.lapse(due.user_id, credits.moment_of(account));
+        EXCEPTION WHEN OTHERS THEN
+            problem := format('promotional credits of %s: %s', due.user_id, sqlerrm);
+        END;
+        RETURN NEXT;
     END LOOP;
 END
 $$;
+
+-- Balances, and what a hold or a lot is about, change in no other way than by these functions: the role may change the columns that they
+-- change and no others, and a balance only together with the entries that prove it.
+REVOKE UPDATE, DELETE, TRUNCATE ON credits.accounts, credits.lots, credits.reservations FROM CURRENT_USER;
+GRANT UPDATE (available_millicredits, reserved_millicredits, promotional_millicredits, version, event_time) ON credits.accounts TO CURRENT_USER;
+GRANT UPDATE (available_millicredits, reserved_millicredits) ON credits.lots TO CURRENT_USER;
+GRANT UPDATE (state, captured_millicredits, settle_time) ON credits.reservations TO CURRENT_USER;
+
+CREATE FUNCTION credits.refuse_unproven() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    account credits.accounts;
+BEGIN
+    -- As it is now: one transaction may change it several times.
+    SELECT * INTO account FROM credits.accounts AS a WHERE a.user_id = NEW.user_id;
+    IF account.available_millicredits <> coalesce((
+            SELECT e.balance_after_millicredits FROM credits.entries AS e
+            WHERE e.user_id = NEW.user_id AND e.account = 'available' ORDER BY e.entry_id DESC LIMIT 1
+        ), 0) OR account.reserved_millicredits <> coalesce((
+            SELECT e.balance_after_millicredits FROM credits.entries AS e
+            WHERE e.user_id = NEW.user_id AND e.account = 'reserved' ORDER BY e.entry_id DESC LIMIT 1
+        ), 0) THEN
+        RAISE EXCEPTION 'the entries do not prove the balance' USING ERRCODE = 'integrity_constraint_violation';
+    END IF;
+    RETURN NULL;
+END
+$$;
+
+CREATE CONSTRAINT TRIGGER accounts_proven AFTER INSERT OR UPDATE ON credits.accounts
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION credits.refuse_unproven();
 
 -- The books, checked: a row for everything that does not add up. Empty in a sound ledger.
 CREATE OR REPLACE VIEW credits.discrepancies AS
@@ -727,17 +797,53 @@ CROSS JOIN LATERAL (
 ) AS l
 WHERE v.lines IS NOT NULL AND l.total <> r.captured_millicredits
 UNION ALL
-SELECT 'credits given or taken back differ from what was recorded', v.event_id::text, coalesce(n.amount, 0), coalesce(p.moved, 0)
+-- From both sides: an event without its record, and a record whose event is another's.
+SELECT 'credits given or taken back differ from what was recorded', coalesce(n.event_id, p.event_id)::text, coalesce(n.amount, 0),
+    coalesce(p.moved, 0)
+FROM (
+    SELECT 'grant' AS kind, g.event_id, g.user_id, g.amount_millicredits AS amount, g.available_after_millicredits AS available_after,
+        g.expire_time
+    FROM credits.grants AS g
+    UNION ALL
+    SELECT 'clawback', c.event_id, c.user_id, -c.amount_millicredits, c.available_after_millicredits, NULL FROM credits.clawbacks AS c
+    UNION ALL
+    SELECT 'plan_grant', g.event_id, g.user_id, g.amount_millicredits, NULL, g.expire_time FROM credits.plan_grants AS g
+) AS n
+FULL JOIN (
+    SELECT v.kind, v.event_id, e.user_id, sum(e.amount_millicredits) AS moved, min(lot.expire_time) AS expire_time,
+        (array_agg(e.balance_after_millicredits ORDER BY e.entry_id DESC))[1] AS available_after
+    FROM credits.events AS v
+    JOIN credits.entries AS e ON e.event_id = v.event_id AND e.account = 'available'
+    LEFT JOIN credits.lots AS lot ON lot.lot_id = e.lot_id
+    WHERE v.kind IN ('grant', 'clawback', 'plan_grant') GROUP BY v.kind, v.event_id, e.user_id
+) AS p ON p.event_id = n.event_id
+WHERE (n.kind, n.user_id, n.amount) IS DISTINCT FROM (p.kind, p.user_id, p.moved)
+    OR n.available_after <> p.available_after
+    OR (n.kind <> 'clawback' AND n.expire_time IS DISTINCT FROM p.expire_time)
+UNION ALL
+SELECT 'event moves what its kind does not', v.event_id::text, NULL, NULL
 FROM credits.events AS v
-LEFT JOIN (
-    SELECT g.event_id, g.amount_millicredits AS amount FROM credits.grants AS g
-    UNION ALL SELECT c.event_id, -c.amount_millicredits FROM credits.clawbacks AS c
-    UNION ALL SELECT g.event_id, g.amount_millicredits FROM credits.plan_grants AS g
-) AS n ON n.event_id = v.event_id
-LEFT JOIN (
-    SELECT e.event_id, -sum(e.amount_millicredits) AS moved FROM credits.entries AS e WHERE e.account = 'grants' GROUP BY e.event_id
-) AS p ON p.event_id = v.event_id
-WHERE v.kind IN ('grant', 'clawback', 'plan_grant') AND coalesce(n.amount, 0) <> coalesce(p.moved, 0)
+WHERE EXISTS (
+    SELECT 1 FROM credits.entries AS e
+    WHERE e.event_id = v.event_id AND NOT CASE v.kind
+        WHEN 'grant' THEN (e.account, sign(e.amount_millicredits)) IN (('grants', -1), ('available', 1))
+        WHEN 'plan_grant' THEN (e.account, sign(e.amount_millicredits)) IN (('grants', -1), ('available', 1))
+        WHEN 'top_up' THEN (e.account, sign(e.amount_millicredits)) IN (('payments', -1), ('available', 1))
+        WHEN 'reserve' THEN (e.account, sign(e.amount_millicredits)) IN (('available', -1), ('reserved', 1))
+        WHEN 'capture' THEN (e.account, sign(e.amount_millicredits)) IN (('reserved', -1), ('available', 1), ('revenue', 1))
+        WHEN 'release' THEN (e.account, sign(e.amount_millicredits)) IN (('reserved', -1), ('available', 1))
+        WHEN 'expire' THEN (e.account, sign(e.amount_millicredits)) IN (('reserved', -1), ('available', 1))
+        WHEN 'clawback' THEN (e.account, sign(e.amount_millicredits)) IN (('available', -1), ('grants', 1))
+        WHEN 'refund' THEN (e.account, sign(e.amount_millicredits)) IN (('available', -1), ('payments', 1))
+        WHEN 'lapse' THEN (e.account, sign(e.amount_millicredits)) IN (('available', -1), ('lapsed', 1))
+            AND (e.lot_id IS NOT NULL OR e.account = 'lapsed')
+    END
+)
+UNION ALL
+SELECT 'event of a reservation moves another user''s credits', v.event_id::text, NULL, NULL
+FROM credits.events AS v
+JOIN credits.reservations AS r USING (reservation_id)
+WHERE EXISTS (SELECT 1 FROM credits.entries AS e WHERE e.event_id = v.event_id AND e.user_id <> r.user_id)
 UNION ALL
 SELECT 'spending of a ceiling differs from reservations: ' || s.period, c.user_id::text || ' ' || c.api_key_id::text, coalesce(p.spent, 0), s.counted
 FROM credits.ceilings AS c

@@ -41,6 +41,7 @@ CREATE TABLE credits.top_ups (
     )
 );
 CREATE INDEX top_ups_user ON credits.top_ups (user_id, top_up_id);
+CREATE INDEX top_ups_uncollected ON credits.top_ups (user_id, top_up_id) WHERE uncollected_millicredits > 0;
 
 -- What was bought, by whom and for how much never changes.
 REVOKE UPDATE, DELETE, TRUNCATE ON credits.top_ups FROM CURRENT_USER;
@@ -74,18 +75,30 @@ REVOKE UPDATE, DELETE, TRUNCATE ON credits.payment_events FROM CURRENT_USER;
 ALTER TABLE credits.events
     ADD CONSTRAINT events_top_up FOREIGN KEY (top_up_id) REFERENCES credits.top_ups (top_up_id) NOT VALID;
 
--- Begins a purchase; the same request again shows it as it stands by then. What it costs is what it cost the first time.
+-- Begins a purchase; the same request again shows it as it stands by then. What it costs is what it cost the first time. `too_many`: p_open_max
+-- are open; one whose checkout never opened is open for a day, as a checkout is.
 CREATE FUNCTION credits.begin_top_up(
     p_user_id uuid, p_request_id uuid, p_provider text, p_package_id text, p_amount bigint, p_price_minor bigint, p_currency text,
-    OUT outcome text, OUT top_up credits.top_ups
+    p_open_max integer, OUT outcome text, OUT top_up credits.top_ups
 ) LANGUAGE plpgsql AS $$
 BEGIN
-    INSERT INTO credits.accounts (user_id) VALUES (p_user_id) ON CONFLICT (user_id) DO NOTHING;
-    INSERT INTO credits.top_ups AS t (user_id, request_id, provider, package_id, amount_millicredits, price_minor, currency)
+    PERFORM credits.lock_account(p_user_id);
+    SELECT * INTO top_up FROM credits.top_ups AS t WHERE t.user_id = p_user_id AND t.request_id = p_request_id;
+    IF FOUND THEN
+        outcome := CASE WHEN (top_up.provider, top_up.package_id) = (p_provider, p_package_id) THEN 'ok' ELSE 'reused' END;
+        RETURN;
+    ELSIF p_open_max <= (
+        SELECT count(*) FROM credits.top_ups AS t
+        WHERE t.user_id = p_user_id AND t.state = 'pending'
+            AND coalesce(t.expire_time, t.create_time + interval '1 day') > clock_timestamp()
+    ) THEN
+        outcome := 'too_many';
+        RETURN;
+    END IF;
+    outcome := 'ok';
+    INSERT INTO credits.top_ups (user_id, request_id, provider, package_id, amount_millicredits, price_minor, currency)
     VALUES (p_user_id, p_request_id, p_provider, p_package_id, p_amount, p_price_minor, p_currency)
-    ON CONFLICT ON CONSTRAINT top_ups_request DO NOTHING;
-    SELECT * INTO STRICT top_up FROM credits.top_ups AS t WHERE t.user_id = p_user_id AND t.request_id = p_request_id;
-    outcome := CASE WHEN (top_up.provider, top_up.package_id) = (p_provider, p_package_id) THEN 'ok' ELSE 'reused' END;
+    RETURNING * INTO top_up;
 END
 $$;
 
@@ -125,6 +138,29 @@ BEGIN
 END
 $$;
 
+-- Takes up to p_most of what refunds could not take when they came, because it was held for jobs. The caller holds the lock on the account.
+CREATE OR REPLACE FUNCTION credits.collect_refunds(p_user_id uuid, p_most bigint, p_moment timestamptz) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    top_up credits.top_ups;
+    most bigint := p_most;
+    taken bigint;
+BEGIN
+    FOR top_up IN
+        SELECT * FROM credits.top_ups AS t
+        WHERE t.user_id = p_user_id AND t.uncollected_millicredits > 0
+        ORDER BY t.top_up_id
+        FOR UPDATE
+    LOOP
+        taken := credits.refund(top_up, least(top_up.uncollected_millicredits, most), p_moment);
+        EXIT WHEN taken = 0;
+        UPDATE credits.top_ups AS t
+        SET refunded_millicredits = t.refunded_millicredits + taken, uncollected_millicredits = t.uncollected_millicredits - taken
+        WHERE t.top_up_id = top_up.top_up_id;
+        most := most - taken;
+    END LOOP;
+END
+$$;
+
 -- Takes a notice of the provider: records it with its outcome and moves what it moves. The same notice again has the outcome of the first
 -- time. `user_id`: whose purchase it is, NULL for a stranger's.
 CREATE FUNCTION credits.settle_top_up(
@@ -133,13 +169,14 @@ CREATE FUNCTION credits.settle_top_up(
     OUT outcome text, OUT replayed boolean, OUT user_id uuid
 ) LANGUAGE plpgsql AS $$
 DECLARE
+    account credits.accounts;
     top_up credits.top_ups;
     moment timestamptz;
     due numeric;
 BEGIN
     SELECT t.user_id INTO user_id FROM credits.top_ups AS t WHERE t.top_up_id = p_top_up_id AND t.provider = p_provider;
     IF FOUND THEN
-        PERFORM credits.lock_account(user_id);
+        account := credits.lock_account(user_id);
         SELECT * INTO STRICT top_up FROM credits.top_ups AS t WHERE t.top_up_id = p_top_up_id FOR UPDATE;
     END IF;
 
@@ -149,7 +186,8 @@ BEGIN
         WHEN p_kind IN ('paid', 'refunded') AND (p_amount_minor, p_currency) IS DISTINCT FROM (top_up.price_minor, top_up.currency)
             THEN 'mismatch'
         WHEN p_kind = 'refunded' AND (p_refunded_minor BETWEEN 1 AND top_up.price_minor) IS NOT TRUE THEN 'mismatch'
-        WHEN p_kind = 'paid' AND top_up.pay_time IS NULL THEN 'credited'
+        WHEN p_kind = 'paid' AND top_up.pay_time IS NULL
+            THEN CASE WHEN credits.fits(account, top_up.amount_millicredits) THEN 'credited' ELSE 'mismatch' END
         WHEN p_kind = 'refunded' AND p_refunded_minor > top_up.refunded_minor
             THEN CASE WHEN top_up.pay_time IS NULL THEN 'noted' ELSE 'taken_back' END
         WHEN p_kind = 'failed' AND top_up.state = 'pending' THEN 'noted'
@@ -172,7 +210,7 @@ BEGIN
         RETURN;
     END IF;
 
-    moment := clock_timestamp();
+    moment := credits.moment_of(account);
     IF outcome = 'credited' THEN
         PERFORM credits.post(
             'top_up', user_id, ROW(NULL, p_top_up_id, top_up.package_id, NULL), moment, top_up.amount_millicredits, 0, 'payments'

@@ -126,7 +126,7 @@ class ClockedLedger:
     async def start_over(self) -> None:
         """Bring the clock to START, with nothing left from earlier that could end some time."""
         await self.set_time(END)
-        await self.query(f"SELECT credits.expire_due({SWEEP_MAX})")
+        await self.query(f"SELECT credits.expire_holds({SWEEP_MAX})")
         await self.query(f"SELECT credits.lapse_due({SWEEP_MAX})")
         await self.set_time(START)
 

@@ -42,6 +42,7 @@ class Lot:
     expire_time: datetime
     available: int
     reserved: int = 0
+    plan: str = ""
 
 
 @dataclass
@@ -107,9 +108,10 @@ class Model:
         for account in self.accounts.values():
             self._lapse(account)
 
-    def _lapse(self, account: Account) -> None:
+    def _lapse(self, account: Account, plan: str = "") -> None:
+        """Take away what is over, or what is left of a plan."""
         for lot in account.lots:
-            if lot.available and lot.expire_time <= self.now:
+            if lot.available and (lot.expire_time <= self.now or (plan and lot.plan == plan)):
                 account.available -= lot.available
                 account.totals[Kind.LAPSE] -= lot.available
                 lot.available = 0
@@ -147,13 +149,25 @@ class Model:
         account.totals[Kind.CLAWBACK] -= amount
         return self._first_time(key, request, account)
 
-    def grant_plan(self, *, user_id: uuid.UUID, plan: str, start_time: datetime, end_time: datetime, amount_millicredits: int) -> str:
+    def grant_plan(
+        self,
+        *,
+        user_id: uuid.UUID,
+        plan: str,
+        start_time: datetime,
+        end_time: datetime,
+        expire_time: datetime,
+        amount_millicredits: int,
+    ) -> str:
         if any(end > start_time for end in self.plan_ends[user_id, plan]):
             return store.PLAN_GRANT_KNOWN
         if amount_millicredits < 1 or not self._fits(user_id, amount_millicredits):
             return str(Outcome.AMOUNT_OUT_OF_RANGE)
         self.plan_ends[user_id, plan].append(end_time)
-        self._give(user_id, Kind.PLAN_GRANT, amount_millicredits, end_time)
+        account = self.accounts[user_id]
+        self._lapse(account, plan)
+        self._give(user_id, Kind.PLAN_GRANT, amount_millicredits, expire_time)
+        account.lots[-1].plan = plan
         return store.PLAN_GRANTED
 
     def reserve(
@@ -223,7 +237,7 @@ class Model:
             return ReservationAnswer(Outcome.NOT_FOUND, None)
         return ReservationAnswer(Outcome.OK, replace(hold.shown, state=State.EXPIRED) if self._overdue(hold) else hold.shown)
 
-    def expire_due(self, *, limit: int) -> list[uuid.UUID]:
+    def expire_holds(self, *, limit: int) -> list[uuid.UUID]:
         due = [hold for hold in self.holds.values() if self._overdue(hold)]
         assert len(due) <= limit, "which of them are first is not predicted"
         for hold in due:
@@ -401,8 +415,9 @@ def comparable(name: str, answer: Any) -> Any:
     match name:
         case "balance":
             return replace(answer, version=0)
-        case "expire_due":
-            return sorted(answer)
+        case "expire_holds":
+            assert all(swept.problem is None for swept in answer)
+            return sorted(swept.user_id for swept in answer)
         case "lapse_due":
             return None
         case "set_ceiling" if answer[0] is Outcome.TOO_MANY:
@@ -423,7 +438,7 @@ def orders(model: Model, answered: Sequence[tuple[Operation, Any]]) -> Iterator[
 
 def explanations(model: Model, operation: Operation, answer: Any) -> Iterator[Model]:
     """Where the model can be after an operation with this answer. A sweep leaves accounts out that are busy."""
-    if operation.name != "expire_due":
+    if operation.name != "expire_holds":
         after = model.copy()
         if operation.on(after) == answer:
             yield after

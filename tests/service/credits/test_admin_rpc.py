@@ -88,7 +88,8 @@ async def test_users_do_nothing_of_this(admin_stub: "LedgerAdminServiceAsyncStub
     for call in (
         admin_stub.ClawbackCredits(clawback_request(user_id, 1), metadata=user),
         admin_stub.GetAccount(pb.GetAccountRequest(user_id=str(user_id)), metadata=user),
-        admin_stub.SetUserCeiling(pb.SetUserCeilingRequest(user_id=str(user_id)), metadata=user),
+        admin_stub.SetUserCeiling(pb.SetUserCeilingRequest(user_id=str(user_id), lift=True), metadata=user),
+        admin_stub.ListAccountEntries(pb.ListAccountEntriesRequest(user_id=str(user_id)), metadata=user),
     ):
         refusal = await refused(call)
         assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, "PERMISSION_DENIED")
@@ -143,11 +144,38 @@ async def test_the_nil_key_is_no_key(credits_stub: "CreditsServiceAsyncStub", si
     assert (refusal.code, refusal.fields) == (Code.INVALID_ARGUMENT, ("api_key_id",))
 
 
+@pytest.mark.parametrize("bounds", [{}, {"lift": True, "daily_millicredits": 0}])
+async def test_a_request_says_which_bound_it_sets_or_that_it_lifts_them(
+    admin_stub: "LedgerAdminServiceAsyncStub", signer: Signer, user_id: uuid.UUID, bounds: dict[str, bool | int]
+):
+    admin = signer.metadata(uuid.uuid4(), "admin")
+    await admin_stub.SetUserCeiling(pb.SetUserCeilingRequest(user_id=str(user_id), daily_millicredits=5), metadata=admin)
+    request = pb.SetUserCeilingRequest(user_id=str(user_id), **bounds)  # pyright: ignore[reportArgumentType]
+    refusal = await refused(admin_stub.SetUserCeiling(request, metadata=admin))
+    assert refusal.code is Code.INVALID_ARGUMENT
+    shown = await admin_stub.GetAccount(pb.GetAccountRequest(user_id=str(user_id)), metadata=admin)
+    assert [one.daily_millicredits for one in shown.ceilings] == [5]
+
+
+async def test_administrators_see_who_gave_and_took(
+    admin_stub: "LedgerAdminServiceAsyncStub", credits_stub: "CreditsServiceAsyncStub", signer: Signer, user_id: uuid.UUID
+):
+    giver, taker = uuid.uuid4(), uuid.uuid4()
+    await admin_stub.GrantCredits(grant_request(user_id, 9), metadata=signer.metadata(giver, "admin"))
+    await admin_stub.ClawbackCredits(clawback_request(user_id, 4), metadata=signer.metadata(taker, "admin"))
+    request = pb.ListAccountEntriesRequest(user_id=str(user_id))
+    entries = (await admin_stub.ListAccountEntries(request, metadata=signer.metadata(uuid.uuid4(), "admin"))).entries
+    assert [(entry.actor_id, entry.amount_millicredits) for entry in entries] == [(str(taker), -4), (str(giver), 9)]
+    assert entries[0].event_id > entries[1].event_id > 0
+    own = (await credits_stub.ListEntries(pb.ListEntriesRequest(), metadata=signer.metadata(user_id))).entries
+    assert [(entry.actor_id, entry.event_id) for entry in own] == [("", entry.event_id) for entry in entries]
+
+
 async def test_a_key_does_not_lift_its_own_ceiling(credits_stub: "CreditsServiceAsyncStub", signer: Signer, user_id: uuid.UUID):
     key_id = str(uuid.uuid4())
     await credits_stub.SetKeyCeiling(pb.SetKeyCeilingRequest(api_key_id=key_id, daily_millicredits=1), metadata=signer.metadata(user_id))
     by_key = signer.metadata(user_id, api_key_id=key_id)
-    refusal = await refused(credits_stub.SetKeyCeiling(pb.SetKeyCeilingRequest(api_key_id=key_id), metadata=by_key))
+    refusal = await refused(credits_stub.SetKeyCeiling(pb.SetKeyCeilingRequest(api_key_id=key_id, lift=True), metadata=by_key))
     assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, "PERMISSION_DENIED")
     (ceiling,) = (await credits_stub.ListCeilings(pb.ListCeilingsRequest(), metadata=by_key)).ceilings
     assert ceiling.daily_millicredits == 1

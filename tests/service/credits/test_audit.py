@@ -28,10 +28,11 @@ HOUR = timedelta(hours=1)
 USER, KEY = uuid.UUID(int=1), uuid.UUID(int=2)
 
 ALLOW = (
-    "GRANT UPDATE, DELETE ON credits.entries, credits.grants TO CURRENT_USER",
+    "GRANT UPDATE ON credits.entries, credits.grants, credits.clawbacks, credits.lots, credits.reservations TO CURRENT_USER",
     "ALTER TABLE credits.entries DISABLE TRIGGER USER",
     "ALTER TABLE credits.events DISABLE TRIGGER USER",
     "ALTER TABLE credits.grants DISABLE TRIGGER USER",
+    "ALTER TABLE credits.clawbacks DISABLE TRIGGER USER",
 )
 """What it takes to falsify history; rolled back, as the falsifications are."""
 
@@ -93,6 +94,32 @@ FALSIFIED = {
         None,
     ),
     "credits given or taken back differ from what was recorded": ("UPDATE credits.grants SET amount_millicredits = 1", None),
+    "credits given or taken back differ from what was recorded, in whose they are": (
+        f"""WITH other AS (INSERT INTO credits.accounts (user_id) VALUES ('{uuid.UUID(int=9)}') RETURNING user_id)
+        UPDATE credits.grants SET user_id = other.user_id FROM other""",
+        None,
+    ),
+    "credits given or taken back differ from what was recorded, in what happened": (
+        "UPDATE credits.clawbacks SET event_id = (SELECT event_id FROM credits.events WHERE kind = 'capture')",
+        None,
+    ),
+    "credits given or taken back differ from what was recorded, in the answer": (
+        "UPDATE credits.grants SET available_after_millicredits = available_after_millicredits + 1",
+        None,
+    ),
+    "credits given or taken back differ from what was recorded, in when they expire": (
+        "UPDATE credits.lots SET expire_time = expire_time + interval '1 year'",
+        None,
+    ),
+    "event moves what its kind does not": (
+        "UPDATE credits.entries SET account = 'grants' WHERE account = 'revenue'",
+        None,
+    ),
+    "event of a reservation moves another user's credits": (
+        f"""WITH other AS (INSERT INTO credits.accounts (user_id) VALUES ('{uuid.UUID(int=9)}') RETURNING user_id)
+        UPDATE credits.reservations SET user_id = other.user_id FROM other WHERE state = 'captured'""",
+        None,
+    ),
     "spending of a ceiling differs from reservations: day": (
         "UPDATE credits.ceilings SET spent_today_millicredits = spent_today_millicredits + 1",
         f"{USER} {KEY}",
@@ -184,6 +211,7 @@ async def test_what_was_falsified_is_found(books: AsyncEngine, problem: str):
             found = [finding async for finding in store.discrepancies(connection)]
         finally:
             await begun.rollback()
+    problem = problem.partition(",")[0]
     assert problem in {finding.problem for finding in found}
     if subject is not None:
         assert subject in {finding.subject for finding in found if finding.problem == problem}

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from credit_service import app, store
-from credit_service.ledger import Outcome, State
+from credit_service.ledger import Outcome, State, Swept
 from credit_service.tables import SCHEMA, metadata
 from servicekit.database import migrate
 from servicekit.settings import DatabaseSettings
@@ -143,14 +143,90 @@ async def test_a_balance_that_entries_do_not_prove_is_a_discrepancy(connection: 
         await connection.execute(sa.text("ROLLBACK"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE credits.accounts SET available_millicredits = available_millicredits + 1 WHERE user_id = :user_id",
+        "UPDATE credits.accounts SET reserved_millicredits = reserved_millicredits + 1 WHERE user_id = :user_id",
+        "INSERT INTO credits.accounts (user_id, available_millicredits)"
+        " SELECT gen_random_uuid(), 5 FROM credits.accounts WHERE user_id = :user_id",
+    ],
+)
+async def test_a_balance_does_not_change_without_the_entries_that_prove_it(connection: AsyncConnection, user_id: uuid.UUID, change: str):
+    await grant(connection, user_id, 10)
+    with pytest.raises(DBAPIError, match="do not prove the balance"):
+        await connection.execute(sa.text(change), {"user_id": user_id})
+    assert await sides(connection, user_id) == (10, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM credits.accounts",
+        "UPDATE credits.accounts SET user_id = gen_random_uuid()",
+        "UPDATE credits.reservations SET amount_millicredits = 1",
+        "UPDATE credits.reservations SET user_id = gen_random_uuid()",
+        "DELETE FROM credits.reservations",
+        "UPDATE credits.lots SET expire_time = now()",
+        "DELETE FROM credits.lots",
+    ],
+)
+async def test_what_a_hold_or_a_lot_is_about_does_not_change(connection: AsyncConnection, change: str):
+    with pytest.raises(DBAPIError, match="permission denied"):
+        await connection.execute(sa.text(change))
+
+
+async def test_one_hold_that_cannot_be_ended_keeps_no_other(connection: AsyncConnection, user_id: uuid.UUID):
+    await store.expire_holds(connection, limit=1000)  # what other tests left
+    await grant(connection, user_id, 100)
+    broken, other = await hold(connection, user_id, 10, OVERDUE), await hold(connection, user_id, 20, OVERDUE)
+    refuse = (
+        "CREATE FUNCTION credits.break_a_hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'broken'; END $$",
+        "CREATE TRIGGER broken BEFORE UPDATE ON credits.reservations FOR EACH ROW"
+        f" WHEN (NEW.reservation_id = '{broken}') EXECUTE FUNCTION credits.break_a_hold()",
+    )
+    try:
+        for statement in refuse:
+            await connection.execute(sa.text(statement))
+        swept = await store.expire_holds(connection, limit=10)
+    finally:
+        await connection.execute(sa.text("DROP FUNCTION credits.break_a_hold CASCADE"))
+    assert sorted((one.user_id, one.problem or "") for one in swept) == [
+        (user_id, ""),
+        (user_id, f"reservation {broken}: broken"),
+    ]
+    assert await sides(connection, user_id) == (90, 10)
+    assert (await store.get_reservation(connection, reservation_id=other)).reservation is not None
+    assert await store.expire_holds(connection, limit=10) == [Swept(user_id, None)]
+
+
+async def test_a_service_that_is_not_restarted_yet_goes_on_after_the_migration(connection: AsyncConnection, user_id: uuid.UUID):
+    # The statements of the release before.
+    await store.expire_holds(connection, limit=1000)
+    reservation_ids = [uuid.uuid4() for _ in range(3)]
+    await connection.execute(
+        sa.text("SELECT * FROM credits.grant_credits(:id, :id, :user_id, 100, 'test')"), {"id": uuid.uuid4(), "user_id": user_id}
+    )
+    for reservation_id, ttl in zip(reservation_ids, (HOUR, HOUR, OVERDUE), strict=True):
+        held = sa.text("SELECT * FROM credits.reserve(:id, :id, :user_id, 10, :ttl)")
+        row = (await connection.execute(held, {"id": reservation_id, "user_id": user_id, "ttl": ttl})).one()
+        assert (row.outcome, row.amount_millicredits) == ("ok", 10)
+    captured = sa.text("SELECT * FROM credits.capture(:id, 4)")
+    assert (await connection.execute(captured, {"id": reservation_ids[0]})).one().outcome == "ok"
+    released = sa.text("SELECT * FROM credits.release(:id)")
+    assert (await connection.execute(released, {"id": reservation_ids[1]})).one().outcome == "ok"
+    assert (await connection.execute(sa.text("SELECT credits.expire_due(10)"))).scalar_one() == 1
+    assert await sides(connection, user_id) == (96, 0)
+
+
 async def test_overdue_holds_are_swept_in_bounded_batches_and_others_are_left(connection: AsyncConnection, user_id: uuid.UUID):
     await grant(connection, user_id, 100)
-    await store.expire_due(connection, limit=1000)  # what other tests left
+    await store.expire_holds(connection, limit=1000)  # what other tests left
     overdue = [await hold(connection, user_id, 10, OVERDUE) for _ in range(3)]
     current = await hold(connection, user_id, 10)
-    assert len(await store.expire_due(connection, limit=2)) == 2
-    assert len(await store.expire_due(connection, limit=2)) == 1
-    assert len(await store.expire_due(connection, limit=2)) == 0
+    assert len(await store.expire_holds(connection, limit=2)) == 2
+    assert len(await store.expire_holds(connection, limit=2)) == 1
+    assert len(await store.expire_holds(connection, limit=2)) == 0
     states: list[State] = []
     for reservation_id in (*overdue, current):
         answer = await store.get_reservation(connection, reservation_id=reservation_id)
@@ -164,16 +240,16 @@ async def test_the_sweep_does_not_wait_for_a_busy_account(connection: AsyncConne
     other = uuid.uuid4()
     for owner in (user_id, other):
         await grant(connection, owner, 10)
-    await store.expire_due(connection, limit=1000)
+    await store.expire_holds(connection, limit=1000)
     for owner in (user_id, other):
         await hold(connection, owner, 10, OVERDUE)
     async with engine.connect() as busy:
         await busy.execute(sa.text("BEGIN"))
         await busy.execute(sa.text("SELECT 1 FROM credits.accounts WHERE user_id = :user_id FOR UPDATE"), {"user_id": user_id})
-        assert len(await store.expire_due(connection, limit=1000)) == 1
+        assert len(await store.expire_holds(connection, limit=1000)) == 1
         await busy.execute(sa.text("ROLLBACK"))
     assert await sides(connection, user_id) == (0, 10)
-    assert len(await store.expire_due(connection, limit=1000)) == 1
+    assert len(await store.expire_holds(connection, limit=1000)) == 1
     assert await sides(connection, user_id) == (10, 0)
 
 

@@ -74,6 +74,7 @@ class Script:
                     "plan": "PLAN_PRO",
                     "start_time": now,
                     "end_time": now + 30 * DAY,
+                    "expire_time": now + 32 * DAY,
                     "amount_millicredits": 11,
                 },
             ),
@@ -89,7 +90,7 @@ class Script:
             "release": Operation("release", {"reservation_id": self.to_release.arguments["reservation_id"]}),
             "late release": Operation("release", {"reservation_id": self.overdue.arguments["reservation_id"]}),
             "set_ceiling": Operation("set_ceiling", {**bounds, "api_key_id": None, "daily_millicredits": 600}),
-            "expire_due": Operation("expire_due", {"limit": 100}),
+            "expire_holds": Operation("expire_holds", {"limit": 100}),
             "lapse_due": Operation("lapse_due", {"limit": 100}),
         }
 
@@ -112,7 +113,7 @@ class Script:
 @pytest.mark.parametrize("killed", ["the function", "the client, who takes it back", "the client, who says nothing"])
 @pytest.mark.parametrize(
     "kind",
-    ["grant", "clawback", "grant_plan", "reserve", "capture", "release", "late release", "set_ceiling", "expire_due", "lapse_due"],
+    ["grant", "clawback", "grant_plan", "reserve", "capture", "release", "late release", "set_ceiling", "expire_holds", "lapse_due"],
 )
 async def test_an_operation_is_whole_or_not_at_all_and_can_be_asked_again(clocked: ClockedLedger, kind: str, killed: str):
     stopped = 0
@@ -165,7 +166,7 @@ async def test_an_operation_is_whole_or_not_at_all_and_can_be_asked_again(clocke
             # Nobody is there for the answer, and yet it is done.
             await wait_until_gone(clocked, pid)
             assert await see(clocked, users) == model.seen(users)
-            if kind == "expire_due":
+            if kind == "expire_holds":
                 expected = []
         assert await clocked.do(operation) == (store.PLAN_GRANT_KNOWN if kind == "grant_plan" and killed.endswith("nothing") else expected)
         assert await see(clocked, users) == model.seen(users)

@@ -82,6 +82,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 "plan": st.sampled_from(["PLAN_FREE", "PLAN_PRO"]),
                 "start_time": self.moments().map(lambda moment: moment - max(LIVES) - HOUR),
                 "end_time": self.moments(),
+                "expire_time": self.moments().map(lambda moment: moment + max(LIVES)),
                 "amount_millicredits": st.integers(0, 400),
             },
             "reserve": {
@@ -100,7 +101,7 @@ class LedgerMachine(RuleBasedStateMachine):
             "release": {"reservation_id": reservation_ids},
             "get_reservation": {"reservation_id": reservation_ids},
             "balance": {"user_id": user},
-            "expire_due": {"limit": st.just(100)},
+            "expire_holds": {"limit": st.just(100)},
             "lapse_due": {"limit": st.just(100)},
             "set_ceiling": {"user_id": user, "api_key_id": key, "daily_millicredits": bounds(), "monthly_millicredits": bounds()},
         }
@@ -181,10 +182,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule()
     def everything_due_is_swept(self) -> None:
-        sweep = Operation("expire_due", {"limit": 100})
+        sweep = Operation("expire_holds", {"limit": 100})
         assert self.do(self.ledger.do(sweep)) == sweep.on(self.model)
         lapsed = self.do(self.ledger.do(lambda connection: store.lapse_due(connection, limit=100)))
-        assert set(lapsed) <= set(self.users)
+        assert {(swept.user_id, swept.problem) for swept in lapsed} <= {(user_id, None) for user_id in self.users}
         assert self.do(self.ledger.do(lambda connection: store.lapse_due(connection, limit=100))) == []
 
     @invariant()

@@ -68,7 +68,7 @@ def set_ceiling(user_id: uuid.UUID, daily: int | None, key: uuid.UUID | None = N
     return Operation("set_ceiling", arguments)
 
 
-EXPIRE_DUE = Operation("expire_due", {"limit": 100})
+EXPIRE_HOLDS = Operation("expire_holds", {"limit": 100})
 LAPSE_DUE = Operation("lapse_due", {"limit": 100})
 
 
@@ -110,7 +110,7 @@ async def test_of_a_capture_a_release_and_an_expiry_exactly_one_ends_the_hold(cl
         overdue = random.random() < 0.5
         if overdue:
             await clocked.advance(HOUR)
-        operations = [capture(held, 7), release(held), EXPIRE_DUE, capture(held, 7), release(held), capture(held, 6)]
+        operations = [capture(held, 7), release(held), EXPIRE_HOLDS, capture(held, 7), release(held), capture(held, 6)]
         captured, released, swept, captured_too, released_too, contradicted = await clocked.at_once(
             *operations, behind=user_id if queued else None
         )
@@ -295,7 +295,14 @@ async def test_a_hold_is_settled_right_while_credits_lapse_around_it(clocked: Cl
 async def test_a_month_of_a_plan_is_given_once_also_to_who_has_no_account_yet(clocked: ClockedLedger):
     for _ in range(ROUNDS):
         user_id = uuid.uuid4()
-        month = {"user_id": user_id, "plan": "PLAN_PRO", "start_time": START, "end_time": START + 30 * DAY, "amount_millicredits": 10}
+        month = {
+            "user_id": user_id,
+            "plan": "PLAN_PRO",
+            "start_time": START,
+            "end_time": START + 30 * DAY,
+            "expire_time": START + 60 * DAY,
+            "amount_millicredits": 10,
+        }
         overlapping = {**month, "start_time": START + 29 * DAY, "end_time": START + 59 * DAY}
         answers = await clocked.at_once(
             *[Operation("grant_plan", month)] * 4, *[Operation("grant_plan", overlapping)] * 3, grant(user_id, 1)
@@ -318,11 +325,11 @@ async def test_sweeps_of_many_replicas_leave_nothing_and_do_nothing_twice(clocke
                 await clocked.do(reserve(user_id, amount, ttl=HOUR - earlier))
         await clocked.advance(HOUR)
         asked = [reserve(user_id, 3, ttl=DAY) for user_id in random.sample(users, 8)]
-        answers = await clocked.at_once(*[EXPIRE_DUE] * 4, *[LAPSE_DUE] * 4, *asked, behind=users[len(users) // 2] if queued else None)
+        answers = await clocked.at_once(*[EXPIRE_HOLDS] * 4, *[LAPSE_DUE] * 4, *asked, behind=users[len(users) // 2] if queued else None)
         swept = Counter[uuid.UUID]()
         for answer in answers[:4]:
             swept.update(answer)
-        swept.update(await clocked.do(EXPIRE_DUE))  # who was busy is swept in the next round
+        swept.update(await clocked.do(EXPIRE_HOLDS))  # who was busy is swept in the next round
         await clocked.do(LAPSE_DUE)
         assert swept == dict.fromkeys(users, 3)
         assert {answer.outcome for answer in answers[8:]} == {Outcome.OK}

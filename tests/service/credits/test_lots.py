@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import timestamp_pb2
 
 from credit_service import store
-from credit_service.ledger import Account, EntryQuery, Kind, Outcome, Promotion
+from credit_service.ledger import Account, EntryQuery, Kind, Outcome, Promotion, Swept
 from genmesh.credits.v1 import credits_pb2 as pb
 from tests.service.credits.callers import Signer, refused
 from tests.service.credits.clocked_ledger import START, ClockedLedger
@@ -91,7 +91,7 @@ class Wallet:
 
     async def sweep(self) -> None:
         async with self._ledger.engine.connect() as connection:
-            await store.expire_due(connection, limit=1000)
+            await store.expire_holds(connection, limit=1000)
             await store.lapse_due(connection, limit=1000)
 
     async def moves(self, *kinds: Kind) -> list[tuple[Kind, Account, int, datetime | None]]:
@@ -255,8 +255,8 @@ async def test_the_sweep_lets_all_that_is_over_lapse_at_once_and_says_whose_it_w
     await clocked.set_time(LATER)
     async with clocked.engine.connect() as connection:
         # The one that has waited longest first; a limit leaves the rest to the next round.
-        assert await store.lapse_due(connection, limit=1) == [wallet.user_id]
-        assert await store.lapse_due(connection, limit=1) == [other.user_id]
+        assert await store.lapse_due(connection, limit=1) == [Swept(wallet.user_id, None)]
+        assert await store.lapse_due(connection, limit=1) == [Swept(other.user_id, None)]
         assert await store.lapse_due(connection, limit=1) == []
     assert await wallet.moves(Kind.LAPSE) == [
         (Kind.LAPSE, Account.AVAILABLE, -amount, time) for amount, time in ((1, SOON), (2, SOON), (4, LATER))
@@ -313,7 +313,7 @@ async def test_many_small_lots_are_spent_and_given_back_to_the_last(wallet: Wall
     assert await wallet.promotions() == [Promotion(day, 0, START + day * DAY) for day in range(1, 31)]
 
 
-async def test_the_month_of_a_plan_lapses_at_its_end_and_is_given_once(clocked: ClockedLedger, wallet: Wallet):
+async def test_the_month_of_a_plan_lasts_until_the_next_and_is_given_once(clocked: ClockedLedger, wallet: Wallet):
     async def give(start: int, end: int, plan: str = "PLAN_PRO") -> str:
         async with clocked.engine.connect() as connection:
             return await store.grant_plan(
@@ -322,6 +322,7 @@ async def test_the_month_of_a_plan_lapses_at_its_end_and_is_given_once(clocked: 
                 plan=plan,
                 start_time=START + start * DAY,
                 end_time=START + end * DAY,
+                expire_time=START + (end + 2) * DAY,
                 amount_millicredits=100,
             )
 
@@ -329,16 +330,16 @@ async def test_the_month_of_a_plan_lapses_at_its_end_and_is_given_once(clocked: 
     assert await give(0, 30, "PLAN_FREE") == "ok"
     assert await wallet.balance() == (200, 0, 200)
     await wallet.hold(150)
-    await clocked.set_time(START + 30 * DAY)
+    await clocked.set_time(START + 31 * DAY)
+    assert await wallet.balance() == (50, 150, 50), "the next month is late"
+    assert [await give(30, 60), await give(30, 60)] == ["ok", "known"]
+    assert await wallet.balance() == (150, 150, 150), "what is left of the other plan stays"
+    assert await give(30, 60, "PLAN_FREE") == "ok"
+    assert await wallet.balance() == (200, 150, 200)
+    # Of a month that no other follows: two days later.
+    await clocked.set_time(START + 62 * DAY)
     assert await wallet.balance() == (0, 150, 0)
-    assert await give(30, 60) == "ok"
-    assert await wallet.balance() == (100, 150, 100)
-    assert await wallet.moves(Kind.PLAN_GRANT, Kind.LAPSE) == [
-        (Kind.PLAN_GRANT, Account.AVAILABLE, 100, START + 30 * DAY),
-        (Kind.PLAN_GRANT, Account.AVAILABLE, 100, START + 30 * DAY),
-        (Kind.LAPSE, Account.AVAILABLE, -50, START + 30 * DAY),
-        (Kind.PLAN_GRANT, Account.AVAILABLE, 100, START + 60 * DAY),
-    ]
+    assert [amount for _, _, amount, _ in await wallet.moves(Kind.LAPSE)] == [-50]
 
 
 # Over the wire, where PostgreSQL's own clock is the time.

@@ -5,8 +5,8 @@ import itertools
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from datetime import UTC, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,7 +21,16 @@ from structlog.testing import capture_logs
 
 from credit_service import app, store
 from credit_service.ledger import Balance, Outcome
-from credit_service.payments import Checkout, EventAnswer, EventOutcome, PaymentProvider
+from credit_service.payments import (
+    OPEN_TOP_UPS_MAX,
+    UNOPENED_LIFE,
+    Checkout,
+    EventAnswer,
+    EventOutcome,
+    PaymentProvider,
+    State,
+    TopUp,
+)
 from credit_service.payments_servicer import PaymentsServicer
 from credit_service.prices import load_prices
 from credit_service.settings import CreditSettings
@@ -215,7 +224,7 @@ async def test_what_stripe_is_sent(shop: Shop, user_id: uuid.UUID):
         "line_items[0][price_data][product_data][name]": "500 credits",
         "adaptive_pricing[enabled]": "false",
         "success_url": back,
-        "cancel_url": back,
+        "cancel_url": f"{back}&cancelled=true",
     }
 
 
@@ -327,7 +336,7 @@ async def test_no_more_checkouts_are_opened_at_once_than_there_are_threads(shop:
 async def begin(shop: Shop, user_id: uuid.UUID, request_id: str = "") -> Any:
     """A purchase whose beginner died before it called the provider."""
     async with shop.engine.connect() as connection:
-        return await store.begin_top_up(
+        outcome, top_up = await store.begin_top_up(
             connection,
             user_id=user_id,
             request_id=uuid.UUID(request_id) if request_id else uuid.uuid4(),
@@ -335,6 +344,8 @@ async def begin(shop: Shop, user_id: uuid.UUID, request_id: str = "") -> Any:
             package=PACKAGE,
             currency=PRICES.currency,
         )
+    assert outcome is Outcome.OK
+    return top_up
 
 
 async def test_a_purchase_whose_beginner_died_before_the_checkout_goes_on(shop: Shop, user_id: uuid.UUID):
@@ -697,8 +708,41 @@ async def test_a_refund_takes_what_is_there_and_notes_the_rest(shop: Shop, user_
     assert (balance.available_millicredits, balance.reserved_millicredits) == (0, 400)
     async with shop.engine.connect() as connection:
         await store.release(connection, reservation_id=held)
-    # What comes back later stays: the refund was settled.
-    assert await shop.available(user_id) == 400
+    # Holding credits is no way to keep them: what comes back goes the way of the rest. What was spent stays spent.
+    assert await shop.available(user_id) == 0
+    shown = await shop.show(user_id, top_up)
+    assert (shown.refunded_millicredits, shown.uncollected_millicredits) == (1_000, AMOUNT - 1_000)
+
+
+async def test_what_comes_back_pays_no_more_than_came_back(shop: Shop, user_id: uuid.UUID):
+    top_up = await shop.buy(user_id)
+    await shop.tell(notice("checkout.session.completed", top_up))
+    await shop.spend(user_id, AMOUNT - 400)
+    held = await shop.hold(user_id, 400)
+    await shop.tell(step("full", top_up))
+    other = await shop.buy(user_id)
+    await shop.tell(notice("checkout.session.completed", other))
+    async with shop.engine.connect() as connection:
+        await store.capture(connection, reservation_id=held, amount_millicredits=300)
+    assert await shop.available(user_id) == AMOUNT, "what was bought since is not touched"
+    assert await shop.uncollected(top_up) == AMOUNT - 100
+
+
+async def test_a_user_has_only_so_many_open_purchases(shop: Shop, user_id: uuid.UUID):
+    opened = [await begin(shop, user_id) for _ in range(OPEN_TOP_UPS_MAX)]
+    refusal = await refused(shop.create(user_id))
+    assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "LIMIT_REACHED")
+    await shop.tell(notice("checkout.session.completed", await shop.show(user_id, pb.TopUp(top_up_id=str(opened[0].top_up_id)))))
+    await shop.create(user_id)  # one of them is paid
+
+
+def test_a_purchase_whose_checkout_never_opened_is_over_after_a_day():
+    begun = datetime(2026, 1, 1, tzinfo=UTC)
+    top_up = TopUp(uuid.uuid4(), uuid.uuid4(), State.PENDING, "credits-500", 1, 1, "USD", None, None, begun, None, 0, 0)
+    assert top_up.state_at(begun + UNOPENED_LIFE) is State.PENDING
+    assert top_up.state_at(begun + UNOPENED_LIFE + timedelta(seconds=1)) is State.EXPIRED
+    opened = replace(top_up, checkout_url="https://pay", expire_time=begun)
+    assert opened.state_at(begun + 9 * UNOPENED_LIFE) is State.PENDING, "the provider says when it is over"
 
 
 async def test_a_refund_takes_bought_credits_before_promotional_ones(shop: Shop, user_id: uuid.UUID):
@@ -707,7 +751,9 @@ async def test_a_refund_takes_bought_credits_before_promotional_ones(shop: Shop,
     await shop.spend(user_id, AMOUNT // 2)
     async with shop.engine.connect() as connection:
         await connection.execute(
-            sa.text("SELECT credits.grant_plan(:user_id, 'PLAN_PRO', now(), now() + interval '1 month', :amount)"),
+            sa.text(
+                "SELECT credits.grant_plan(:user_id, 'PLAN_PRO', now(), now() + interval '1 month', now() + interval '1 month', :amount)"
+            ),
             {"user_id": user_id, "amount": AMOUNT},
         )
     await shop.tell(step("partial", top_up))

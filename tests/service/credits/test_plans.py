@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from credit_service import app
 from credit_service import plans as plans_module
-from credit_service.plans import Month, PlanGrants, due_month, month_at, month_start
+from credit_service.plans import GRACE, Month, PlanGrants, due_month, month_at, month_start
 from credit_service.prices import PriceTable, load_prices
 from credit_service.settings import CreditSettings
 from gateway import app as gateway_app
@@ -261,14 +261,14 @@ async def test_a_month_is_granted_once_and_tells_who_changed(engine: AsyncEngine
     assert await available(engine, *users) == expected
 
 
-async def test_a_grant_lapses_when_the_next_is_due(engine: AsyncEngine, members: Members, replica: MakePlanGrants) -> None:
+async def test_a_grant_outlives_its_month_until_the_next_comes(engine: AsyncEngine, members: Members, replica: MakePlanGrants) -> None:
     start = months_before(await now(engine), 2)
     user_id = members.add("PLAN_PRO", start)
     await replica().round()
     assert await grants_of(engine, user_id) == [("PLAN_PRO", month_start(start, 2), month_start(start, 3), PRO_MILLICREDITS)]
     async with engine.connect() as connection:
         lots = "SELECT available_millicredits, expire_time FROM credits.lots WHERE user_id = :user_id"
-        assert (await connection.execute(sa.text(lots), {"user_id": user_id})).all() == [(PRO_MILLICREDITS, month_start(start, 3))]
+        assert (await connection.execute(sa.text(lots), {"user_id": user_id})).all() == [(PRO_MILLICREDITS, month_start(start, 3) + GRACE)]
 
 
 async def test_of_months_that_were_missed_only_the_current_is_granted(

@@ -111,7 +111,7 @@ class WatchBalanceResponse(_message.Message):
     promotional_millicredits: _builtins.int
     """Part of the available credits that expires."""
     version: _builtins.int
-    """Grows with every change of the balance; the same when only time has passed."""
+    """Grows with every event on the account; the same when only time has passed."""
     @_builtins.property
     def next_expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the next of the promotional credits expire; unset: none do."""
@@ -229,6 +229,8 @@ class Entry(_message.Message):
     LINES_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     TOP_UP_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_ID_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
     entry_id: _builtins.int
     """Number of the entry; grows with time."""
     kind: Global___Entry.Kind.ValueType
@@ -247,6 +249,10 @@ class Entry(_message.Message):
     """The model that the job runs on; empty where there is no job."""
     top_up_id: _builtins.str
     """The purchase it belongs to; empty for what is none."""
+    actor_id: _builtins.str
+    """The administrator who gave or took back; told to administrators only."""
+    event_id: _builtins.int
+    """The event that it is a part of: entries with the same number happened together."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When."""
@@ -274,10 +280,12 @@ class Entry(_message.Message):
         lines: _abc.Iterable[Global___ReceiptLine] | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         top_up_id: _builtins.str = ...,
+        actor_id: _builtins.str = ...,
+        event_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "amount_millicredits", b"amount_millicredits", "balance_after_millicredits", b"balance_after_millicredits", "create_time", b"create_time", "entry_id", b"entry_id", "expire_time", b"expire_time", "job_id", b"job_id", "kind", b"kind", "lines", b"lines", "model", b"model", "reason", b"reason", "top_up_id", b"top_up_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "actor_id", b"actor_id", "amount_millicredits", b"amount_millicredits", "balance_after_millicredits", b"balance_after_millicredits", "create_time", b"create_time", "entry_id", b"entry_id", "event_id", b"event_id", "expire_time", b"expire_time", "job_id", b"job_id", "kind", b"kind", "lines", b"lines", "model", b"model", "reason", b"reason", "top_up_id", b"top_up_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -414,22 +422,26 @@ class SetKeyCeilingRequest(_message.Message):
     API_KEY_ID_FIELD_NUMBER: _builtins.int
     DAILY_MILLICREDITS_FIELD_NUMBER: _builtins.int
     MONTHLY_MILLICREDITS_FIELD_NUMBER: _builtins.int
+    LIFT_FIELD_NUMBER: _builtins.int
     api_key_id: _builtins.str
     """The API key."""
     daily_millicredits: _builtins.int
     """At most this much a day; 0: nothing; unset: no bound."""
     monthly_millicredits: _builtins.int
     """At most this much a month; 0: nothing; unset: no bound."""
+    lift: _builtins.bool
+    """Lift both bounds."""
     def __init__(
         self,
         *,
         api_key_id: _builtins.str = ...,
         daily_millicredits: _builtins.int | None = ...,
         monthly_millicredits: _builtins.int | None = ...,
+        lift: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits", "_monthly_millicredits", b"_monthly_millicredits", "daily_millicredits", b"daily_millicredits", "monthly_millicredits", b"monthly_millicredits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits", "_monthly_millicredits", b"_monthly_millicredits", "api_key_id", b"api_key_id", "daily_millicredits", b"daily_millicredits", "monthly_millicredits", b"monthly_millicredits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits", "_monthly_millicredits", b"_monthly_millicredits", "api_key_id", b"api_key_id", "daily_millicredits", b"daily_millicredits", "lift", b"lift", "monthly_millicredits", b"monthly_millicredits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__daily_millicredits: _TypeAlias = _typing.Literal["daily_millicredits"]  # noqa: Y015
     _WhichOneofArgType__daily_millicredits: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits"]  # noqa: Y015
@@ -733,6 +745,86 @@ class GetAccountResponse(_message.Message):
 Global___GetAccountResponse: _TypeAlias = GetAccountResponse  # noqa: Y015
 
 @_typing.final
+class ListAccountEntriesRequest(_message.Message):
+    """ListAccountEntriesRequest selects ledger entries of a user."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The user."""
+    page_size: _builtins.int
+    """Entries a page: 0 means 50, more than 200 means 200."""
+    page_token: _builtins.str
+    """Opaque token of the page before; empty: first page."""
+    job_id: _builtins.str
+    """Only the entries of this job; empty: all."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___Entry.Kind.ValueType]:
+        """Only entries of these kinds; empty: all."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only entries made at this time or later; unset: from the beginning."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only entries made before this time; unset: up to now."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        kinds: _abc.Iterable[Global___Entry.Kind.ValueType] | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "job_id", b"job_id", "kinds", b"kinds", "page_size", b"page_size", "page_token", b"page_token", "start_time", b"start_time", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAccountEntriesRequest: _TypeAlias = ListAccountEntriesRequest  # noqa: Y015
+
+@_typing.final
+class ListAccountEntriesResponse(_message.Message):
+    """ListAccountEntriesResponse is a page of ledger entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty: this was the last."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+        """Entries, newest first."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___Entry] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAccountEntriesResponse: _TypeAlias = ListAccountEntriesResponse  # noqa: Y015
+
+@_typing.final
 class PromotionalCredits(_message.Message):
     """PromotionalCredits are credits that expire together."""
 
@@ -773,22 +865,26 @@ class SetUserCeilingRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     DAILY_MILLICREDITS_FIELD_NUMBER: _builtins.int
     MONTHLY_MILLICREDITS_FIELD_NUMBER: _builtins.int
+    LIFT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The user."""
     daily_millicredits: _builtins.int
     """At most this much a day; 0: nothing; unset: no bound."""
     monthly_millicredits: _builtins.int
     """At most this much a month; 0: nothing; unset: no bound."""
+    lift: _builtins.bool
+    """Lift both bounds."""
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
         daily_millicredits: _builtins.int | None = ...,
         monthly_millicredits: _builtins.int | None = ...,
+        lift: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits", "_monthly_millicredits", b"_monthly_millicredits", "daily_millicredits", b"daily_millicredits", "monthly_millicredits", b"monthly_millicredits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits", "_monthly_millicredits", b"_monthly_millicredits", "daily_millicredits", b"daily_millicredits", "monthly_millicredits", b"monthly_millicredits", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits", "_monthly_millicredits", b"_monthly_millicredits", "daily_millicredits", b"daily_millicredits", "lift", b"lift", "monthly_millicredits", b"monthly_millicredits", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__daily_millicredits: _TypeAlias = _typing.Literal["daily_millicredits"]  # noqa: Y015
     _WhichOneofArgType__daily_millicredits: _TypeAlias = _typing.Literal["_daily_millicredits", b"_daily_millicredits"]  # noqa: Y015

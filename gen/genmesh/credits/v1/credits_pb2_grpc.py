@@ -305,6 +305,11 @@ class LedgerAdminServiceStub:
                 request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountRequest.SerializeToString,
                 response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountResponse.FromString,
                 _registered_method=True)
+        self.ListAccountEntries = channel.unary_unary(
+                '/genmesh.credits.v1.LedgerAdminService/ListAccountEntries',
+                request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListAccountEntriesRequest.SerializeToString,
+                response_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListAccountEntriesResponse.FromString,
+                _registered_method=True)
         self.SetUserCeiling = channel.unary_unary(
                 '/genmesh.credits.v1.LedgerAdminService/SetUserCeiling',
                 request_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.SetUserCeilingRequest.SerializeToString,
@@ -345,6 +350,13 @@ class LedgerAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAccountEntries(self, request, context):
+        """ListAccountEntries lists the ledger entries of a user's accounts, newest first, with the administrators who made them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetUserCeiling(self, request, context):
         """SetUserCeiling bounds what a user may spend a day and a month, or lifts the bounds.
         """
@@ -377,6 +389,11 @@ def add_LedgerAdminServiceServicer_to_server(servicer, server):
                     servicer.GetAccount,
                     request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountRequest.FromString,
                     response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountResponse.SerializeToString,
+            ),
+            'ListAccountEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAccountEntries,
+                    request_deserializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListAccountEntriesRequest.FromString,
+                    response_serializer=genmesh_dot_credits_dot_v1_dot_credits__pb2.ListAccountEntriesResponse.SerializeToString,
             ),
             'SetUserCeiling': grpc.unary_unary_rpc_method_handler(
                     servicer.SetUserCeiling,
@@ -471,6 +488,33 @@ class LedgerAdminService:
             '/genmesh.credits.v1.LedgerAdminService/GetAccount',
             genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountRequest.SerializeToString,
             genmesh_dot_credits_dot_v1_dot_credits__pb2.GetAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAccountEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.credits.v1.LedgerAdminService/ListAccountEntries',
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.ListAccountEntriesRequest.SerializeToString,
+            genmesh_dot_credits_dot_v1_dot_credits__pb2.ListAccountEntriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -140,6 +140,8 @@ class LedgerAdminServiceStub:
     """
     GetAccount: _grpc.UnaryUnaryMultiCallable[_credits_pb2.GetAccountRequest, _credits_pb2.GetAccountResponse]
     """GetAccount shows what a user has. A user nobody has heard of has nothing."""
+    ListAccountEntries: _grpc.UnaryUnaryMultiCallable[_credits_pb2.ListAccountEntriesRequest, _credits_pb2.ListAccountEntriesResponse]
+    """ListAccountEntries lists the ledger entries of a user's accounts, newest first, with the administrators who made them."""
     SetUserCeiling: _grpc.UnaryUnaryMultiCallable[_credits_pb2.SetUserCeilingRequest, _credits_pb2.SetUserCeilingResponse]
     """SetUserCeiling bounds what a user may spend a day and a month, or lifts the bounds."""
     AuditLedger: _grpc.UnaryStreamMultiCallable[_credits_pb2.AuditLedgerRequest, _credits_pb2.AuditLedgerResponse]
@@ -163,6 +165,8 @@ class LedgerAdminServiceAsyncStub(LedgerAdminServiceStub):
     """
     GetAccount: _aio.UnaryUnaryMultiCallable[_credits_pb2.GetAccountRequest, _credits_pb2.GetAccountResponse]  # type: ignore[assignment]
     """GetAccount shows what a user has. A user nobody has heard of has nothing."""
+    ListAccountEntries: _aio.UnaryUnaryMultiCallable[_credits_pb2.ListAccountEntriesRequest, _credits_pb2.ListAccountEntriesResponse]  # type: ignore[assignment]
+    """ListAccountEntries lists the ledger entries of a user's accounts, newest first, with the administrators who made them."""
     SetUserCeiling: _aio.UnaryUnaryMultiCallable[_credits_pb2.SetUserCeilingRequest, _credits_pb2.SetUserCeilingResponse]  # type: ignore[assignment]
     """SetUserCeiling bounds what a user may spend a day and a month, or lifts the bounds."""
     AuditLedger: _aio.UnaryStreamMultiCallable[_credits_pb2.AuditLedgerRequest, _credits_pb2.AuditLedgerResponse]  # type: ignore[assignment]
@@ -201,6 +205,14 @@ class LedgerAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_credits_pb2.GetAccountResponse, _abc.Awaitable[_credits_pb2.GetAccountResponse]]:
         """GetAccount shows what a user has. A user nobody has heard of has nothing."""
+
+    @_abc_1.abstractmethod
+    def ListAccountEntries(
+        self,
+        request: _credits_pb2.ListAccountEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_credits_pb2.ListAccountEntriesResponse, _abc.Awaitable[_credits_pb2.ListAccountEntriesResponse]]:
+        """ListAccountEntries lists the ledger entries of a user's accounts, newest first, with the administrators who made them."""
 
     @_abc_1.abstractmethod
     def SetUserCeiling(

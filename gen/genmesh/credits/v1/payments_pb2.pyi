@@ -164,7 +164,7 @@ class TopUp(_message.Message):
         STATE_FAILED: TopUp._State.ValueType  # 3
         """The payment failed. A later one at the same checkout may still succeed."""
         STATE_EXPIRED: TopUp._State.ValueType  # 4
-        """The checkout was not used in time."""
+        """The checkout was not used in time, or never opened."""
         STATE_REFUNDED: TopUp._State.ValueType  # 5
         """The payment was taken back in full, and the credits with it as far as they were there."""
 
@@ -180,7 +180,7 @@ class TopUp(_message.Message):
     STATE_FAILED: TopUp.State.ValueType  # 3
     """The payment failed. A later one at the same checkout may still succeed."""
     STATE_EXPIRED: TopUp.State.ValueType  # 4
-    """The checkout was not used in time."""
+    """The checkout was not used in time, or never opened."""
     STATE_REFUNDED: TopUp.State.ValueType  # 5
     """The payment was taken back in full, and the credits with it as far as they were there."""
 
@@ -195,6 +195,7 @@ class TopUp(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     PAY_TIME_FIELD_NUMBER: _builtins.int
     REFUNDED_MILLICREDITS_FIELD_NUMBER: _builtins.int
+    UNCOLLECTED_MILLICREDITS_FIELD_NUMBER: _builtins.int
     top_up_id: _builtins.str
     """Id of the purchase."""
     state: Global___TopUp.State.ValueType
@@ -211,6 +212,8 @@ class TopUp(_message.Message):
     """Where to pay, while it is pending."""
     refunded_millicredits: _builtins.int
     """Credits taken back after a refund."""
+    uncollected_millicredits: _builtins.int
+    """Credits that a refund would have taken back too, had they not been spent; what is held is taken when it comes back."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the checkout closes."""
@@ -237,10 +240,11 @@ class TopUp(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         pay_time: _timestamp_pb2.Timestamp | None = ...,
         refunded_millicredits: _builtins.int = ...,
+        uncollected_millicredits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "pay_time", b"pay_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_millicredits", b"amount_millicredits", "checkout_url", b"checkout_url", "create_time", b"create_time", "currency", b"currency", "expire_time", b"expire_time", "package_id", b"package_id", "pay_time", b"pay_time", "price_minor", b"price_minor", "refunded_millicredits", b"refunded_millicredits", "state", b"state", "top_up_id", b"top_up_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_millicredits", b"amount_millicredits", "checkout_url", b"checkout_url", "create_time", b"create_time", "currency", b"currency", "expire_time", b"expire_time", "package_id", b"package_id", "pay_time", b"pay_time", "price_minor", b"price_minor", "refunded_millicredits", b"refunded_millicredits", "state", b"state", "top_up_id", b"top_up_id", "uncollected_millicredits", b"uncollected_millicredits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
