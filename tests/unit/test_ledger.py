@@ -93,7 +93,7 @@ def test_a_token_that_names_no_user_is_refused():
 
 
 def entry(entry_id: int) -> Entry:
-    return Entry(entry_id, ledger.Kind.GRANT, ledger.Account.AVAILABLE, 1, 1, None, "why", MOMENT)
+    return Entry(entry_id, entry_id, ledger.Kind.GRANT, ledger.Account.AVAILABLE, 1, 1, None, "why", MOMENT)
 
 
 def test_the_last_page_has_no_token_and_every_other_has_one_that_goes_on_after_it():
