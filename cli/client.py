@@ -34,6 +34,7 @@ REFRESH_MARGIN_S = 30.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 3.0
 PROBE_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_MS = 5_000
 
 TERMINAL = frozenset({jobs_pb2.STATE_COMPLETED, jobs_pb2.STATE_FAILED, jobs_pb2.STATE_CANCELLED})
 
@@ -360,7 +361,7 @@ class Edge:
             try:
                 session = self.session()
                 call = method(request(), metadata=_authorization(session))
-                self._watching = call
+                self._hold(call)
                 try:
                     for response in call:
                         if self._stopped:
@@ -407,7 +408,7 @@ class Edge:
                 raise KeyboardInterrupt
             session = self.session()
             call = method(request, timeout=timeout_s, metadata=_authorization(session))
-            self._watching = call
+            self._hold(call)
             begun = False
             try:
                 for response in call:
@@ -436,6 +437,12 @@ class Edge:
         self._stopped = True
         if self._watching is not None:
             self._watching.cancel()
+
+    def _hold(self, call: grpc.RpcContext) -> None:
+        """Let `stop` end this stream, also one that came while it was opened and found none to end."""
+        self._watching = call
+        if self._stopped:
+            call.cancel()
 
     def _check_reachable(self) -> None:
         """Nothing ever answered and nothing listens: do not keep the user waiting for retries."""
@@ -478,7 +485,8 @@ def _channel(address: EdgeAddress, ca_file: Path | None) -> grpc.Channel:
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1_000),
+        # What its name hides: how long an attempt to connect may take. A busy machine is no lost connection.
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", 3_000),
     ]
     if address.loopback:

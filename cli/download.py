@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cli.failures import usage
-from cli.files import replacing
+from cli.files import is_stream, replacing
 from genmesh.jobs.v1 import jobs_pb2
 
 CHUNK_BYTES = 64 * 1024
@@ -35,7 +35,9 @@ def media_of(job: jobs_pb2.Job) -> list[jobs_pb2.Asset]:
 
 def check_target(out: Path | None) -> None:
     """Raise CommandError when nothing can be written to `out`: before the job, which costs credits, and not after."""
-    directory = Path() if out is None else out if out.is_dir() else out.parent
+    if out is not None and is_stream(out):
+        raise usage(f"not a file: {out}", "give --out the name of a file or a directory")
+    directory = Path() if out is None else out if out.is_dir() else out.resolve().parent
     if not directory.is_dir():
         raise usage(f"no such directory: {directory}", "make it first, or choose another --out")
     if not os.access(directory, os.W_OK | os.X_OK):

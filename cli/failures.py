@@ -74,8 +74,12 @@ _ADVICE_OF_CODE = {
     grpc.StatusCode.UNIMPLEMENTED: "the edge does not offer this: check that `--edge` points to a genmesh of this version",
 }
 
+_ADVICE_OF_FIELD = {
+    "package_id": "see `genmesh credits prices`",
+}
+
 _ADVICE_OF_REASON = {
-    "ERROR_REASON_INSUFFICIENT_CREDITS": "see `genmesh credits`; buy some with `genmesh credits top-up`, or ask an administrator",
+    "ERROR_REASON_INSUFFICIENT_CREDITS": "see `genmesh credits`; ask an administrator, or `genmesh credits top-up` where credits are sold",
     "ERROR_REASON_CEILING_REACHED": "`genmesh credits ceilings` shows what is spent; wait until it starts anew, or have it raised",
     "ERROR_REASON_AMOUNT_OUT_OF_RANGE": "choose another amount; `genmesh credits` shows what there is",
     "ERROR_REASON_REQUEST_ID_REUSED": "the id was used for something else: run it without --request-id, or with a new one",
@@ -140,6 +144,13 @@ def reason_of(error: grpc.RpcError) -> str:
     return reason_in(status_of(error))[0]
 
 
+def message_in(status: status_pb2.Status) -> str:
+    """What a google.rpc.Status says, amounts in credits as everywhere else; empty when it says nothing."""
+    reason, metadata = reason_in(status)
+    text = {"ERROR_REASON_INSUFFICIENT_CREDITS": _shortage_text, "ERROR_REASON_CEILING_REACHED": _ceiling_text}.get(reason)
+    return (text(metadata) if text else "") or status.message
+
+
 def retry_after_s(error: grpc.RpcError) -> float | None:
     """How long the server asked to wait, or None."""
     status = status_of(error)
@@ -160,15 +171,19 @@ def failure_of(error: grpc.RpcError) -> CommandError:
     code = code_of(error)
     status = status_of(error)
     reason, metadata = reason_in(status)
-    message = (status.message if status else "") or (error.details() if isinstance(error, grpc.Call) else "") or code.name
+    message = (message_in(status) if status else "") or (error.details() if isinstance(error, grpc.Call) else "") or code.name
     notes: list[str] = []
+    advice = _ADVICE_OF_REASON.get(reason) or _ADVICE_OF_CODE.get(code, "")
     for detail in status.details if status else ():
         bad_request = error_details_pb2.BadRequest()
         if detail.Unpack(bad_request):
-            notes += [f"{violation.field}: {violation.description}" for violation in bad_request.field_violations]
+            for violation in bad_request.field_violations:
+                notes.append(f"{violation.field}: {violation.description}")
+                advice = _ADVICE_OF_FIELD.get(violation.field, advice)
     if reason == "ERROR_REASON_CEILING_REACHED":
-        message = _ceiling_text(metadata) or message
-        if (anew_after_s := retry_after_s(error)) is not None:
+        if _beyond_ceiling(metadata):
+            advice = "`genmesh credits ceilings` shows it; waiting does not help, have it raised"
+        elif (anew_after_s := retry_after_s(error)) is not None:
             notes.append(f"it starts anew in {seconds_text(anew_after_s)}")
     if error_id := metadata.get("error_id"):
         notes.append(f"error id {error_id}")
@@ -177,17 +192,35 @@ def failure_of(error: grpc.RpcError) -> CommandError:
     exit_code = _EXIT_OF_REASON.get(reason) or _EXIT_OF_CODE.get(code, ExitCode.FAILED)
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
         message = f"the edge cannot serve this right now ({message})"
-    advice = _ADVICE_OF_REASON.get(reason) or _ADVICE_OF_CODE.get(code, "")
     return CommandError(message, advice, code=exit_code, notes=tuple(notes))
+
+
+def _amounts(metadata: dict[str, str], *names: str) -> list[int]:
+    """Amounts of a refusal, in millicredits; none when it does not say all of them."""
+    try:
+        return [int(metadata[f"{name}_millicredits"]) for name in names]
+    except (KeyError, ValueError):
+        return []
+
+
+def _shortage_text(metadata: dict[str, str]) -> str:
+    amounts = [credits_text(amount) for amount in _amounts(metadata, "required", "available")]
+    return f"{amounts[0]} needed, {amounts[1]} available" if amounts else ""
+
+
+def _beyond_ceiling(metadata: dict[str, str]) -> bool:
+    """Whether more is needed than the ceiling ever leaves, as with one of 0."""
+    amounts = _amounts(metadata, "required", "ceiling")
+    return bool(amounts) and amounts[0] > amounts[1]
 
 
 def _ceiling_text(metadata: dict[str, str]) -> str:
     """Which ceiling leaves no room, in credits; empty when the refusal does not say."""
-    try:
-        ceiling, spent, required = (int(metadata[f"{name}_millicredits"]) for name in ("ceiling", "spent", "required"))
-    except (KeyError, ValueError):
+    amounts = _amounts(metadata, "ceiling", "spent", "required")
+    if not amounts:
         return ""
-    whose = f"the API key {metadata['api_key_id']}" if metadata.get("api_key_id") else "your account"
+    ceiling, spent, required = amounts
+    whose = f"the API key {metadata['api_key_id']}" if metadata.get("api_key_id") else "the account"
     bound = f"{whose} may spend {credits_text(ceiling)} a {metadata.get('period', 'period')}"
     return f"{bound}: {credits_text(spent)} spent or held, {credits_text(required)} needed"
 

@@ -13,7 +13,8 @@ SIZE_MAX = 4096
 MILLICREDITS_MAX = 2**63 - 1  # what the wire carries
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
-_RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_LOCAL = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?", re.ASCII)
+_RFC_3339 = re.compile(_LOCAL.pattern + r"([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 def parse_credits(text: str, *, zero: bool = False) -> int:
@@ -47,6 +48,8 @@ def parse_time(text: str) -> Timestamp:
     """`2026-07-01` (midnight UTC) or RFC 3339 with its offset. Raises CommandError."""
     text = text.strip()
     timestamp = Timestamp()
+    if _LOCAL.fullmatch(text):
+        raise usage(f"not a time: {text!r}: where?", f"add Z or an offset, for example {text}Z or {text}+02:00")
     try:
         if _DATE.fullmatch(text):
             timestamp.FromDatetime(datetime.fromisoformat(text).replace(tzinfo=UTC))

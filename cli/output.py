@@ -25,7 +25,7 @@ from rich.text import Text
 
 from cli.amounts import credits_text, seconds_text, time_text
 from cli.client import TERMINAL
-from cli.failures import printable, reason_in
+from cli.failures import message_in, printable, reason_in
 from genmesh.credits.v1 import credits_pb2, payments_pb2
 from genmesh.identity.v1 import identity_pb2
 from genmesh.jobs.v1 import jobs_pb2
@@ -47,8 +47,8 @@ _STATE_STYLE = {
 
 
 def write_json(message: Message) -> None:
-    """A message as proto JSON on one line of stdout, the same that the REST side answers with."""
-    print(json_format.MessageToJson(message, indent=None), flush=True)
+    """A message as proto JSON on one line of stdout, fields that are zero included: what the REST side answers with."""
+    print(json_format.MessageToJson(message, indent=None, always_print_fields_with_no_presence=True), flush=True)
 
 
 def write_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -132,7 +132,7 @@ def prompt_of(job: jobs_pb2.Job) -> str:
 def error_text(error: status_pb2.Status) -> str:
     """Message and reason of an error."""
     reason = reason_in(error)[0].removeprefix("ERROR_REASON_").lower().replace("_", " ")
-    return f"{error.message or 'no reason given'}{f' ({reason})' if reason else ''}"
+    return f"{message_in(error) or 'no reason given'}{f' ({reason})' if reason else ''}"
 
 
 def reason_text(job: jobs_pb2.Job) -> str:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Annotated, TypeVar
@@ -10,7 +11,7 @@ import grpc
 import typer
 
 from cli.client import CALL_TIMEOUT_S, Edge
-from cli.failures import CommandError, code_of, failure_of
+from cli.failures import CommandError, code_of, failure_of, usage
 from cli.settings import ClientSettings
 from servicekit.settings import load
 
@@ -39,6 +40,14 @@ LimitOption = Annotated[int, typer.Option("--limit", min=1, max=10_000, metavar=
 def open_edge(url: str | None, *, stored_login: bool = False) -> Edge:
     """The edge of this command: the context manager every command works in."""
     return Edge.of(load(ClientSettings), url, stored_login=stored_login)
+
+
+def parse_request_id(text: str | None) -> str:
+    """The id of --request-id; left out: a new one. Raises CommandError (usage)."""
+    try:
+        return str(uuid.uuid4() if text is None else uuid.UUID(text))
+    except ValueError:
+        raise usage(f"not a request id: {text!r}", "give a UUID, or leave --request-id out") from None
 
 
 def call_once(

@@ -1,7 +1,6 @@
 """What administrators do: credits, plans and ceilings of users, the audit of the ledger, the queue and the jobs that failed."""
 
 import sys
-import time
 import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -15,15 +14,23 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cli.amounts import credits_text, seconds_text, time_text
 from cli.client import Edge, paged
-from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge
+from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge, parse_request_id
 from cli.commands.credits import (
+    ENTRIES_SHOWN,
     DailyOption,
+    JobOption,
+    KindOption,
     MonthlyOption,
     NoneOption,
+    SinceOption,
+    UntilOption,
     balance_fields,
     ceiling_text,
     completed,
+    find_entries,
     parse_bounds,
+    parse_selection,
+    show_entries,
     write_ceilings,
 )
 from cli.failures import CommandError, ExitCode, code_of, failure_of, printable, reason_of, usage
@@ -74,10 +81,10 @@ def grant(
 ) -> None:
     """Give credits to a user."""
     millicredits = parse_credits(amount)
+    check_reason(reason)
+    # Whether it is over is for the server to say: a repeat after that has to get the answer of the first time.
     expire_time = parse_time(expires) if expires is not None else None
-    if expire_time is not None and expire_time.ToNanoseconds() <= time.time_ns():
-        raise usage(f"--expires is over: {expires}", "give a time to come")
-    request_id = request_id or str(uuid.uuid4())
+    request_id = parse_request_id(request_id)
     with open_edge(edge) as client:
         request = credits_pb2.GrantCreditsRequest(
             request_id=request_id,
@@ -105,7 +112,8 @@ def clawback(
 ) -> None:
     """Take available credits back from a user, promotional ones first. What is held for jobs stays."""
     millicredits = parse_credits(amount)
-    request_id = request_id or str(uuid.uuid4())
+    check_reason(reason)
+    request_id = parse_request_id(request_id)
     with open_edge(edge) as client:
         request = credits_pb2.ClawbackCreditsRequest(
             request_id=request_id, user_id=find_user_id(client, who), amount_millicredits=millicredits, reason=reason
@@ -123,6 +131,12 @@ def clawback(
         write_json(response)
     else:
         print(f"took back {credits_text(millicredits)}; {who} now has {credits_text(response.available_millicredits)}")
+
+
+def check_reason(reason: str) -> None:
+    """Raise CommandError when nothing is said."""
+    if not reason.strip():
+        raise usage("--reason is blank", "say why: it is kept in the ledger, and shown to the user")
 
 
 @group.command()
@@ -154,6 +168,24 @@ def account(who: WhoArgument, edge: EdgeOption = None, json_output: JsonOption =
 
 
 @group.command()
+def entries(
+    who: WhoArgument,
+    job: JobOption = "",
+    kind: KindOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    limit: LimitOption = ENTRIES_SHOWN,
+    edge: EdgeOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """List what changed a user's balance, newest first, and which administrator gave or took back."""
+    selection = parse_selection(job, kind, since, until)
+    with open_edge(edge) as client:
+        found = find_entries(client, selection, limit, user_id=find_user_id(client, who))
+        show_entries(found, json_output=json_output, with_actor=True)
+
+
+@group.command()
 def ceiling(
     who: WhoArgument,
     daily: DailyOption = None,
@@ -172,7 +204,10 @@ def ceiling(
 
         daily_millicredits, monthly_millicredits = completed(bounds, "", current)
         request = credits_pb2.SetUserCeilingRequest(
-            user_id=user_id, daily_millicredits=daily_millicredits, monthly_millicredits=monthly_millicredits
+            user_id=user_id,
+            daily_millicredits=daily_millicredits,
+            monthly_millicredits=monthly_millicredits,
+            lift=daily_millicredits is None and monthly_millicredits is None,
         )
         stands = client.call(client.ledger_admin.SetUserCeiling, request).ceiling
     if json_output:
@@ -191,7 +226,7 @@ class PlanName(StrEnum):
 @group.command()
 def plan(
     who: WhoArgument,
-    wanted: Annotated[PlanName, typer.Argument(metavar="PLAN", help="free or pro.")],
+    wanted: Annotated[PlanName, typer.Argument(metavar="PLAN", help="free or pro.", case_sensitive=False)],
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -255,7 +290,7 @@ def audit(edge: EdgeOption = None, json_output: JsonOption = False) -> None:
     if count:
         raise CommandError(
             f"the ledger does not add up: {_counted(count, 'discrepancy', 'discrepancies')}",
-            "find the cause before anything is mended; the only repair is a compensating entry (admin grant, admin clawback)",
+            "the entries are the truth; docs/operations.md says what to do: do not let the named accounts spend before",
             code=ExitCode.DISCREPANCY,
         )
     note("the ledger adds up")
@@ -274,11 +309,12 @@ def _progress(what: str) -> Generator[None]:
 
 
 def _discrepancy_text(discrepancy: credits_pb2.Discrepancy) -> str:
-    parts = [discrepancy.problem, discrepancy.subject, discrepancy.expected, discrepancy.actual]
+    amounts = [f"{amount} millicredits" if amount else "" for amount in (discrepancy.expected, discrepancy.actual)]
+    parts = [discrepancy.problem, discrepancy.subject, *amounts]
     if not sys.stdout.isatty():
         return "\t".join(printable(part) for part in parts)
-    amounts = f": {discrepancy.expected or 'nothing'} expected, {discrepancy.actual or 'nothing'} there" if any(parts[2:]) else ""
-    return printable(f"{discrepancy.problem}: {discrepancy.subject}{amounts}")
+    differ = f": {amounts[0] or 'nothing'} expected, {amounts[1] or 'nothing'} there" if any(amounts) else ""
+    return printable(f"{discrepancy.problem}: {discrepancy.subject}{differ}")
 
 
 def _write_summary(summary: credits_pb2.AuditSummary, total: int) -> None:

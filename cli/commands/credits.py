@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, TypedDict
 
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,10 +18,10 @@ from rich.console import Console
 
 from cli.amounts import change_text, credits_text, money_text, time_text, utc_text
 from cli.client import Edge, paged
-from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge
+from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge, parse_request_id
 from cli.download import check_target
 from cli.failures import CommandError, ExitCode, printable, usage
-from cli.files import replacing
+from cli.files import appending, is_stream, replacing
 from cli.inputs import parse_bound, parse_time
 from cli.output import account_word, entry_word, note, plan_word, top_up_word, write_fields, write_json, write_table
 from genmesh.credits.v1 import credits_pb2, payments_pb2
@@ -35,7 +35,7 @@ TOP_UP_TIMEOUT_S = 30.0
 """As long as the edge waits for an answer: the payment provider is asked meanwhile."""
 
 CSV_COLUMNS = (
-    *("entry_id", "time", "kind", "account", "amount_millicredits", "balance_after_millicredits"),
+    *("entry_id", "event_id", "time", "kind", "account", "amount_millicredits", "balance_after_millicredits"),
     *("job_id", "model", "lines", "reason", "expire_time", "top_up_id"),
 )
 # What spreadsheets take for a formula, behind blanks too: some drop those. Full-width signs count as well.
@@ -63,7 +63,7 @@ class EntryKind(StrEnum):
 
 JobOption = Annotated[str, typer.Option("--job", metavar="ID", help="Only entries of this job.")]
 KindOption = Annotated[
-    list[EntryKind] | None,
+    list[str] | None,
     typer.Option("--kind", metavar="KIND", help=f"Only entries of this kind: {', '.join(EntryKind)}. May be repeated."),
 ]
 SinceOption = Annotated[
@@ -94,7 +94,7 @@ def show_credits(
         return
     with open_edge(edge) as client:
         if entries:
-            _show_entries(_find_entries(client, credits_pb2.ListEntriesRequest(), limit), json_output=json_output)
+            show_entries(find_entries(client, parse_selection(), limit), json_output=json_output)
             return
         balance = client.call(client.credits.GetBalance, credits_pb2.GetBalanceRequest())
     if json_output:
@@ -109,7 +109,7 @@ def balance_fields(balance: credits_pb2.GetBalanceResponse | credits_pb2.GetAcco
     if balance.promotional_millicredits:
         promotional = credits_text(balance.promotional_millicredits)
         if isinstance(balance, credits_pb2.GetBalanceResponse) and (when := time_text(balance.next_expire_time)):
-            promotional += f"; the next expire {when}"
+            promotional += f", the first expire {when}"
     return [
         ("available", credits_text(balance.available_millicredits)),
         ("of that promotional", promotional),
@@ -131,9 +131,9 @@ def list_entries(
     json_output: JsonOption = False,
 ) -> None:
     """List what changed your balance, newest first. `genmesh credits export` writes all of it as CSV."""
-    selection = _selection(job, kind, since, until)
+    selection = parse_selection(job, kind, since, until)
     with open_edge(edge) as client:
-        _show_entries(_find_entries(client, selection, limit), json_output=json_output)
+        show_entries(find_entries(client, selection, limit), json_output=json_output)
 
 
 @group.command("export")
@@ -144,7 +144,8 @@ def export_entries(
     until: UntilOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="At most the newest N entries. Default: all.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="File to write, whole or not at all. Default: standard output.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="File to write, whole or not at all; or a pipe. Default: standard output."),
     ] = None,
     edge: EdgeOption = None,
 ) -> None:
@@ -152,35 +153,54 @@ def export_entries(
 
     Amounts are whole millicredits, times RFC 3339 in UTC. Text that a spreadsheet would take for a formula begins with an apostrophe.
     """
-    selection = _selection(job, kind, since, until)
+    selection = parse_selection(job, kind, since, until)
     if out == Path("-"):
         out = None
-    if out is not None:
+    direct = out is not None and is_stream(out)
+    if out is not None and not direct:
         check_target(out)
-        if out.exists() and not out.is_file():
+        if out.is_dir():
             raise usage(f"not a file: {out}", "give --out the name of a file, or leave it out and use `>`")
     with open_edge(edge) as client:
-        found = _find_entries(client, selection, limit)
+        found = find_entries(client, selection, limit)
         if out is None:
             write_csv(sys.stdout, found)
             return
-        with replacing(out) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
+        with (appending if direct else replacing)(out) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
             count = write_csv(file, found)
     note(f"saved {out}, {count} {'entry' if count == 1 else 'entries'}")
 
 
-def _selection(job: str, kinds: Iterable[EntryKind] | None, since: str | None, until: str | None) -> credits_pb2.ListEntriesRequest:
+class Selection(TypedDict):
+    """Which entries, as both requests for a page of them say it."""
+
+    job_id: str
+    kinds: list[credits_pb2.Entry.Kind.ValueType]
+    start_time: Timestamp | None
+    end_time: Timestamp | None
+
+
+def parse_selection(job: str = "", kinds: Iterable[str] | None = None, since: str | None = None, until: str | None = None) -> Selection:
+    """What --job, --kind, --since and --until ask for. Raises CommandError."""
     start_time, end_time = (parse_time(text) if text is not None else None for text in (since, until))
     if start_time is not None and end_time is not None and start_time.ToNanoseconds() >= end_time.ToNanoseconds():
         raise usage("--since is not before --until")
     if job:
         job = _parse_id(job, "a job", "`genmesh jobs list` shows the ids of your jobs")
-    return credits_pb2.ListEntriesRequest(
+    found = dict.fromkeys(_parse_kind(kind) for kind in kinds or ())
+    return Selection(
         job_id=job,
-        kinds=[credits_pb2.Entry.Kind.Value(f"KIND_{kind.name}") for kind in dict.fromkeys(kinds or ())],
+        kinds=[credits_pb2.Entry.Kind.Value(f"KIND_{kind.name}") for kind in found],
         start_time=start_time,
         end_time=end_time,
     )
+
+
+def _parse_kind(text: str) -> EntryKind:
+    try:
+        return EntryKind(text.strip().lower().replace("_", "-").removeprefix("kind-"))  # as JSON has it, too
+    except ValueError:
+        raise usage(f"no such kind of entry: {text!r}", f"there are {', '.join(EntryKind)}") from None
 
 
 def _parse_id(text: str, what: str, advice: str) -> str:
@@ -190,18 +210,23 @@ def _parse_id(text: str, what: str, advice: str) -> str:
         raise usage(f"not the id of {what}: {text!r}", advice) from None
 
 
-def _find_entries(client: Edge, selection: credits_pb2.ListEntriesRequest, limit: int | None) -> Iterator[credits_pb2.Entry]:
+def find_entries(client: Edge, selection: Selection, limit: int | None, *, user_id: str | None = None) -> Iterator[credits_pb2.Entry]:
+    """The newest `limit` of the selected entries (None: all): the caller's, or as an administrator those of `user_id`."""
+
     def fetch(page_size: int, page_token: str):
-        request = credits_pb2.ListEntriesRequest()
-        request.CopyFrom(selection)
-        request.page_size, request.page_token = page_size, page_token
-        response = client.call(client.credits.ListEntries, request)
+        if user_id is None:
+            mine = credits_pb2.ListEntriesRequest(page_size=page_size, page_token=page_token, **selection)
+            response = client.call(client.credits.ListEntries, mine)
+        else:
+            theirs = credits_pb2.ListAccountEntriesRequest(user_id=user_id, page_size=page_size, page_token=page_token, **selection)
+            response = client.call(client.ledger_admin.ListAccountEntries, theirs)
         return response.entries, response.next_page_token
 
     return paged(fetch, limit)
 
 
-def _show_entries(found: Iterable[credits_pb2.Entry], *, json_output: bool) -> None:
+def show_entries(found: Iterable[credits_pb2.Entry], *, json_output: bool, with_actor: bool = False) -> None:
+    """Entries on stdout; `with_actor`: a column says which administrator made them."""
     if json_output:
         for entry in found:
             write_json(entry)
@@ -209,7 +234,7 @@ def _show_entries(found: Iterable[credits_pb2.Entry], *, json_output: bool) -> N
     console = Console()
     wide = not console.is_terminal or console.width >= WIDE_COLUMNS
     write_table(
-        ["when", "what", "account", "change", "balance", "for"],
+        ["when", "what", "account", "change", "balance", *(["by"] if with_actor else []), "for"],
         (
             (
                 time_text(entry.create_time),
@@ -217,6 +242,7 @@ def _show_entries(found: Iterable[credits_pb2.Entry], *, json_output: bool) -> N
                 account_word(entry.account),
                 change_text(entry.amount_millicredits),
                 credits_text(entry.balance_after_millicredits),
+                *([entry.actor_id] if with_actor else []),
                 purpose_text(entry) if wide else entry.job_id or entry.reason,
             )
             for entry in found
@@ -228,7 +254,9 @@ def purpose_text(entry: credits_pb2.Entry) -> str:
     """What an entry is for: `JOB, sd-tiny, 20 steps`; an administrator's words; when promotional credits expire."""
     lines = (_quantity_text(line) if line.unit else line.description for line in entry.lines)
     until = time_text(entry.expire_time)
-    return ", ".join(part for part in (entry.job_id, entry.model, *lines, entry.reason, until and f"until {until}") if part)
+    return ", ".join(
+        part for part in (entry.job_id, entry.model, *lines, entry.reason, until and f"from credits that expire {until}") if part
+    )
 
 
 def _quantity_text(line: credits_pb2.ReceiptLine) -> str:
@@ -248,6 +276,7 @@ def write_csv(file: IO[str], entries: Iterable[credits_pb2.Entry]) -> int:
 def _csv_row(entry: credits_pb2.Entry) -> list[str | int]:
     return [
         entry.entry_id,
+        entry.event_id,
         utc_text(entry.create_time),
         entry_word(entry.kind),
         account_word(entry.account),
@@ -281,11 +310,13 @@ def watch_balance(edge: EdgeOption = None, json_output: JsonOption = False) -> N
     def interrupted() -> None:
         nonlocal lost
         if not lost:
-            note("connection lost, reconnecting")
+            note("no answer yet, trying again" if before is None else "connection lost, reconnecting")
         lost = True
 
     with open_edge(edge) as client, interrupts(client.stop):
         for balance in client.stream(client.credits.WatchBalance, credits_pb2.WatchBalanceRequest, on_interruption=interrupted):
+            if lost and before is not None:
+                note("connected again")
             lost = False
             if before is not None and before.version == balance.version:
                 continue  # only time has passed
@@ -308,7 +339,7 @@ def change_line(balance: credits_pb2.WatchBalanceResponse, before: credits_pb2.W
     stands = line(credits_text, balance.available_millicredits, balance.reserved_millicredits)
     if balance.promotional_millicredits:
         when = time_text(balance.next_expire_time)
-        stands += f", {credits_text(balance.promotional_millicredits)} promotional{f' until {when}' if when else ''}"
+        stands += f", {credits_text(balance.promotional_millicredits)} promotional{f', the first expire {when}' if when else ''}"
     if before is None:
         return stands
     changed = line(
@@ -372,7 +403,10 @@ def set_key_ceiling(
 
         daily_millicredits, monthly_millicredits = completed(bounds, api_key_id, current)
         request = credits_pb2.SetKeyCeilingRequest(
-            api_key_id=api_key_id, daily_millicredits=daily_millicredits, monthly_millicredits=monthly_millicredits
+            api_key_id=api_key_id,
+            daily_millicredits=daily_millicredits,
+            monthly_millicredits=monthly_millicredits,
+            lift=daily_millicredits is None and monthly_millicredits is None,
         )
         ceiling = client.call(client.credits.SetKeyCeiling, request).ceiling
     if json_output:
@@ -475,7 +509,7 @@ def top_up(
 
     With --wait the exit code tells how it went: 0 paid, 1 not paid.
     """
-    request_id = request_id or str(uuid.uuid4())
+    request_id = parse_request_id(request_id)
     stopped = threading.Event()
     with open_edge(edge) as client:
         request = payments_pb2.CreateTopUpRequest(request_id=request_id, package_id=package_id)
@@ -485,7 +519,8 @@ def top_up(
         elif purchase.state == payments_pb2.TopUp.STATE_PENDING:
             closes = time_text(purchase.expire_time)
             note(
-                f"{credits_text(purchase.amount_millicredits)} for {_price_text(purchase)}; pay{f' before {closes}' if closes else ''} at:"
+                f"purchase {purchase.top_up_id}: {credits_text(purchase.amount_millicredits)} for {_price_text(purchase)}; "
+                f"pay{f' before {closes}' if closes else ''} at:"
             )
             print(printable(purchase.checkout_url), flush=True)
         if wait and purchase.state == payments_pb2.TopUp.STATE_PENDING:
@@ -517,7 +552,7 @@ def _tell(purchase: payments_pb2.TopUp, *, json_output: bool) -> None:
     """Say how a purchase ended. Raises CommandError unless it was paid."""
     if purchase.state == payments_pb2.TopUp.STATE_PAID:
         if not json_output:
-            print(f"paid {_price_text(purchase)}, {credits_text(purchase.amount_millicredits)} added")
+            print(f"paid {_price_text(purchase)}, {credits_text(purchase.amount_millicredits)} added (purchase {purchase.top_up_id})")
         return
     how = {
         payments_pb2.TopUp.STATE_FAILED: ("the payment failed", "try another way to pay with `genmesh credits top-up`"),
@@ -534,7 +569,7 @@ def _price_text(purchase: payments_pb2.TopUp) -> str:
 
 @group.command("top-ups")
 def list_top_ups(limit: LimitOption = ENTRIES_SHOWN, edge: EdgeOption = None, json_output: JsonOption = False) -> None:
-    """List your purchases, newest first. With --json also where to pay those that are pending."""
+    """List your purchases, newest first, and where to pay those that are pending."""
     with open_edge(edge) as client:
 
         def fetch(page_size: int, page_token: str):
@@ -547,8 +582,9 @@ def list_top_ups(limit: LimitOption = ENTRIES_SHOWN, edge: EdgeOption = None, js
             for purchase in found:
                 write_json(purchase)
             return
+        purchases = list(found)
         write_table(
-            ["begun", "package", "credits", "price", "state", "paid", "taken back", "purchase"],
+            ["begun", "package", "credits", "price", "state", "paid", "taken back", "not collected", "purchase"],
             (
                 (
                     time_text(purchase.create_time),
@@ -558,8 +594,12 @@ def list_top_ups(limit: LimitOption = ENTRIES_SHOWN, edge: EdgeOption = None, js
                     top_up_word(purchase.state),
                     time_text(purchase.pay_time),
                     credits_text(purchase.refunded_millicredits) if purchase.refunded_millicredits else "",
+                    credits_text(purchase.uncollected_millicredits) if purchase.uncollected_millicredits else "",
                     purchase.top_up_id,
                 )
-                for purchase in found
+                for purchase in purchases
             ),
         )
+        for purchase in purchases:  # below the table, which would break addresses that are to be opened
+            if purchase.checkout_url and purchase.state == payments_pb2.TopUp.STATE_PENDING:
+                note(f"pay for {purchase.top_up_id} at {purchase.checkout_url}")

@@ -200,7 +200,10 @@ def finish(client: Edge, job: jobs_pb2.Job, out: Path | None, *, json_output: bo
     paths = save(client, job, out) if job.state == jobs_pb2.STATE_COMPLETED else []
     balance = _balance(client)
     if json_output:
-        result: dict[str, object] = {"job": json_format.MessageToDict(job), "files": [str(path) for path in paths]}
+        result: dict[str, object] = {
+            "job": json_format.MessageToDict(job, always_print_fields_with_no_presence=True),
+            "files": [str(path) for path in paths],
+        }
         if balance is not None:
             result["availableMillicredits"] = str(balance)
         print(json.dumps(result), flush=True)

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import grpc
 from grpc_status import rpc_status
@@ -19,7 +19,7 @@ from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc, payments_pb2, paym
 from genmesh.errors.v1 import errors_pb2
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
-from servicekit.errors import MeshError, not_found, precondition, unauthenticated
+from servicekit.errors import MeshError, invalid, not_found, precondition, unauthenticated
 
 JOB_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
 USER_ID = "01890a5d-ac96-774b-bcce-b302099a8058"
@@ -73,6 +73,7 @@ class FakeEdge(
         self.balances_asked = 0
         self.entries: list[credits_pb2.Entry] = []
         self.entries_asked: list[credits_pb2.ListEntriesRequest] = []
+        self.account_entries_asked: list[credits_pb2.ListAccountEntriesRequest] = []
         self.account = credits_pb2.GetAccountResponse()
         self.ceilings: list[credits_pb2.Ceiling] = []
         self.key_ceilings: list[credits_pb2.SetKeyCeilingRequest] = []
@@ -171,13 +172,23 @@ class FakeEdge(
     def ListEntries(self, request: credits_pb2.ListEntriesRequest, context: grpc.ServicerContext) -> credits_pb2.ListEntriesResponse:
         self._check(context)
         self.entries_asked.append(request)
-        if request.page_token and self.refusals:  # of the second page
+        entries, next_page_token = self._page(request.page_size, request.page_token, context)
+        return credits_pb2.ListEntriesResponse(entries=entries, next_page_token=next_page_token)
+
+    def ListAccountEntries(
+        self, request: credits_pb2.ListAccountEntriesRequest, context: grpc.ServicerContext
+    ) -> credits_pb2.ListAccountEntriesResponse:
+        self._check(context)
+        self.account_entries_asked.append(request)
+        entries, next_page_token = self._page(request.page_size, request.page_token, context)
+        return credits_pb2.ListAccountEntriesResponse(entries=entries, next_page_token=next_page_token)
+
+    def _page(self, page_size: int, page_token: str, context: grpc.ServicerContext) -> tuple[list[credits_pb2.Entry], str]:
+        if page_token and self.refusals:  # of the second page
             refuse(context, self.refusals.popleft())
-        first = int(request.page_token or 0)
-        last = min(first + min(request.page_size or 50, 200), len(self.entries))
-        return credits_pb2.ListEntriesResponse(
-            entries=self.entries[first:last], next_page_token=str(last) if last < len(self.entries) else ""
-        )
+        first = int(page_token or 0)
+        last = min(first + min(page_size or 50, 200), len(self.entries))
+        return self.entries[first:last], str(last) if last < len(self.entries) else ""
 
     def ListCeilings(self, request: credits_pb2.ListCeilingsRequest, context: grpc.ServicerContext) -> credits_pb2.ListCeilingsResponse:
         self._check(context)
@@ -186,14 +197,14 @@ class FakeEdge(
     def SetKeyCeiling(self, request: credits_pb2.SetKeyCeilingRequest, context: grpc.ServicerContext) -> credits_pb2.SetKeyCeilingResponse:
         self._check(context)
         self.key_ceilings.append(request)
-        return credits_pb2.SetKeyCeilingResponse(ceiling=ceiling_of(request, request.api_key_id))
+        return credits_pb2.SetKeyCeilingResponse(ceiling=ceiling_of(request, request.api_key_id, context))
 
     def SetUserCeiling(
         self, request: credits_pb2.SetUserCeilingRequest, context: grpc.ServicerContext
     ) -> credits_pb2.SetUserCeilingResponse:
         self._check(context)
         self.user_ceilings.append(request)
-        return credits_pb2.SetUserCeilingResponse(ceiling=ceiling_of(request, ""))
+        return credits_pb2.SetUserCeilingResponse(ceiling=ceiling_of(request, "", context))
 
     def GetAccount(self, request: credits_pb2.GetAccountRequest, context: grpc.ServicerContext) -> credits_pb2.GetAccountResponse:
         self._check(context)
@@ -360,7 +371,11 @@ def scripted(context: grpc.ServicerContext, steps: Iterable[Scripted | MeshError
         yield step
 
 
-def ceiling_of(request: credits_pb2.SetKeyCeilingRequest | credits_pb2.SetUserCeilingRequest, api_key_id: str) -> credits_pb2.Ceiling:
+def ceiling_of(
+    request: credits_pb2.SetKeyCeilingRequest | credits_pb2.SetUserCeilingRequest, api_key_id: str, context: grpc.ServicerContext
+) -> credits_pb2.Ceiling:
+    if request.lift == (request.HasField("daily_millicredits") or request.HasField("monthly_millicredits")):
+        refuse(context, invalid("lift", "set daily_millicredits or monthly_millicredits, or lift"))
     ceiling = credits_pb2.Ceiling(api_key_id=api_key_id, spent_today_millicredits=1200)
     if request.HasField("daily_millicredits"):
         ceiling.daily_millicredits = request.daily_millicredits
@@ -381,10 +396,12 @@ def event(sequence: int, **payload: Any) -> jobs_pb2.WatchJobsResponse:
 
 
 @contextmanager
-def spawned(environment: dict[str, str | None], *arguments: str) -> Generator[subprocess.Popen[str]]:
+def spawned(
+    environment: dict[str, str | None], *arguments: str, stdout: int | IO[str] = subprocess.PIPE
+) -> Generator[subprocess.Popen[str]]:
     kept = {name: value for name, value in (os.environ | environment).items() if value is not None}
     command = [sys.executable, "-c", "from cli.main import app; app()", *arguments]
-    with subprocess.Popen(command, env=kept, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=kept, text=True, stdout=stdout, stderr=subprocess.PIPE) as process:
         try:
             yield process
         finally:

@@ -756,7 +756,7 @@ LEFT JOIN (
 ) AS h ON h.lot_id = lot.lot_id
 WHERE lot.reserved_millicredits <> coalesce(h.held, 0)
 UNION ALL
-SELECT 'more versions of a balance than events', a.user_id::text, coalesce(n.events, 0), a.version
+SELECT 'more versions of a balance than events', a.user_id::text, NULL, NULL
 FROM credits.accounts AS a
 LEFT JOIN (
     SELECT e.user_id, count(DISTINCT e.event_id)::numeric AS events FROM credits.entries AS e WHERE e.user_id IS NOT NULL GROUP BY e.user_id

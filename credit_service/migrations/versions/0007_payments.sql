@@ -271,14 +271,14 @@ WHERE EXISTS (
     WHERE e.event_id = v.event_id AND (e.account NOT IN ('available', 'payments') OR e.user_id <> t.user_id)
 )
 UNION ALL
-SELECT 'paid other than by one notice', t.top_up_id::text, CASE WHEN t.pay_time IS NULL THEN 0 ELSE 1 END, coalesce(n.credited, 0)
+SELECT 'paid other than by one notice', t.top_up_id::text, NULL, NULL
 FROM credits.top_ups AS t
 LEFT JOIN (
     SELECT e.top_up_id, count(*) AS credited FROM credits.payment_events AS e WHERE e.outcome = 'credited' GROUP BY e.top_up_id
 ) AS n ON n.top_up_id = t.top_up_id
 WHERE CASE WHEN t.pay_time IS NULL THEN 0 ELSE 1 END <> coalesce(n.credited, 0)
 UNION ALL
-SELECT 'refunded money differs from notices', t.top_up_id::text, coalesce(n.refunded, 0), t.refunded_minor
+SELECT 'refunded money differs from notices', t.top_up_id::text, NULL, NULL
 FROM credits.top_ups AS t
 LEFT JOIN (
     SELECT e.top_up_id, max(e.refunded_minor) AS refunded FROM credits.payment_events AS e

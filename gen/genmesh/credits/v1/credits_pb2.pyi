@@ -985,9 +985,9 @@ class Discrepancy(_message.Message):
     subject: _builtins.str
     """Where: the id of the user, event, entry, reservation, or purchase."""
     expected: _builtins.str
-    """What the entries say; empty where it is no amount."""
+    """Millicredits that the entries say; empty where it is no amount."""
     actual: _builtins.str
-    """What is there; empty where it is no amount."""
+    """Millicredits that are there; empty where it is no amount."""
     def __init__(
         self,
         *,
