@@ -186,8 +186,9 @@ class Model:
         known = self.holds.get(reservation_id)
         if known is not None:
             shown = known.shown
-            same = (shown.job_id, shown.user_id, shown.amount_millicredits, known.ttl, shown.model, known.api_key_id)
-            if same != (job_id, user_id, amount_millicredits, ttl, model, api_key_id):
+            # The model explains the hold, and is no part of it.
+            same = (shown.job_id, shown.user_id, shown.amount_millicredits, known.ttl, known.api_key_id)
+            if same != (job_id, user_id, amount_millicredits, ttl, api_key_id):
                 return ReservationAnswer(Outcome.REUSED, None)
             self._look_at(known)
             return ReservationAnswer(Outcome.OK, known.shown)
