@@ -34,7 +34,7 @@ READERS: dict[str, type[Settings]] = {
 
 def table() -> str:
     """A Markdown table: variable, who reads it, default, meaning."""
-    rows: dict[str, tuple[list[str], str, str]] = {}
+    rows: dict[str, tuple[list[str], list[str], str]] = {}
     for reader, settings in READERS.items():
         for name, field in settings.model_fields.items():
             default = field.get_default()
@@ -46,11 +46,14 @@ def table() -> str:
                 shown = f"`{default.relative_to(README.parent)}`"
             else:
                 shown = f"`{default}`"
-            row = rows.setdefault(f"GENMESH_{name.upper()}", ([], shown, field.description or ""))
+            row = rows.setdefault(f"GENMESH_{name.upper()}", ([], [shown], field.description or ""))
             row[0].append(reader)
+            if name in settings.__annotations__ and shown != row[1][0]:
+                row[1].append(f"{reader}: {shown}")
     servers = [reader for reader in READERS if reader not in ("stack", "cli", "envoy")]
     lines = ["| variable | read by | default | meaning |", "|---|---|---|---|"]
-    for variable, (readers, default, meaning) in sorted(rows.items()):
+    for variable, (readers, defaults, meaning) in sorted(rows.items()):
+        default = "; ".join(filter(None, defaults))
         who = "all services" if [reader for reader in readers if reader in servers] == servers else ", ".join(readers)
         lines.append(f"| `{variable}` | {who} | {default} | {meaning} |")
     return "\n".join(lines)
