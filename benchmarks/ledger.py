@@ -50,6 +50,7 @@ from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit import telemetry
 from servicekit.client import mesh_channel
 from servicekit.database import autocommit, fetch_row
+from servicekit.doorkeeper import Doorkeeper
 
 ROLE = ROLE_BY_SERVICE[app.SERVICE]
 HELD, CAPTURED = 100, 60
@@ -225,7 +226,8 @@ def serve(orders: Connection, settings: CreditSettings) -> None:
         feed = BalanceFeed(engine)
         running = asyncio.create_task(feed.run())
         try:
-            async with app.build_server(settings, app.Dependencies(engine, NoKeys(), feed)).running(*app.GRPC_SERVICES) as server:
+            deps = app.Dependencies(engine, Doorkeeper(NoKeys()), feed)
+            async with app.build_server(settings, deps).running(*app.GRPC_SERVICES) as server:
                 orders.send(server.port)
                 await asyncio.to_thread(orders.recv)
         finally:

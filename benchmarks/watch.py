@@ -43,7 +43,9 @@ from cli.stack.parts import packaged_program
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
 from jobs_service.events import EventLog, Position, StoredEvent, Token, owner_tag
 from jobs_service.lifecycle import Job, Priority, State
+from jobs_service.limits import Limits, WatchLeases
 from jobs_service.servicer import JobsServicer
+from jobs_service.settings import PlanLimits
 from jobs_service.watch import SERIALISED, Hub, WatchRequest
 from servicekit import streams, telemetry
 from servicekit.identity import ALGORITHM, TokenVerifier
@@ -62,6 +64,8 @@ WARM_STREAMS = 20
 PREFIX = "benchmark"
 KEY_ID = "benchmark"
 TIMEOUT_S = 60
+WATCHES_MAX = 1_000_000
+"""Watches are counted, as always, and nobody has too many."""
 OWNER = uuid.UUID(int=1)
 JOB = Job(
     job_id=uuid.UUID(int=2),
@@ -145,8 +149,9 @@ def measured_server(orders: Connection, directory: str, jwk: dict[str, Any], red
         verifier = TokenVerifier(Keys(jwk), issuer=settings.token_issuer, audience=settings.token_audience)
         server = MeshServer(settings, service="jobs_service", verifier=verifier, checks={})
         unused: Any = None
+        limits = Limits(dict.fromkeys(Priority, PlanLimits(0, 0, 0, WATCHES_MAX)), unused, WatchLeases(client, PREFIX))
         servicer = JobsServicer(
-            jobs=cast(Any, Shelf()), dead_letters=unused, deletions=unused, hub=hub, log=log, checkpoint_interval_s=3600
+            jobs=cast(Any, Shelf()), dead_letters=unused, deletions=unused, hub=hub, log=log, limits=limits, checkpoint_interval_s=3600
         )
         jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server.grpc)
         reading = asyncio.create_task(hub.run())

@@ -1,15 +1,16 @@
-"""Calls to the edge as one user: connection, login kept fresh, retries, watches that reconnect.
+"""Calls to the edge as one user: connection, login kept fresh or an API key, retries, watches that reconnect.
 
 Nothing here prints or knows a command.
 """
 
 import random
+import re
 import socket
 import ssl
 import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,9 @@ CALL_TIMEOUT_S = 15.0
 RETRY_WINDOW_S = 20.0
 RECONNECT_WINDOW_S = 120.0
 REFRESH_MARGIN_S = 30.0
+RENEWALS_MAX = 2
+RENEWAL_PAUSE_S = 1.0
+"""Tokens name the second of their issue: one of the very second of a revocation is refused although it came after."""
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 3.0
 PROBE_TIMEOUT_S = 2.0
@@ -43,10 +47,23 @@ _INTERRUPTIONS = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLIN
 # The same, but only when no service of ours said it: a reset HTTP/2 stream.
 _RESETS = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED})
 
+# Refusals that another access token may mend; Envoy may give no reason.
+_TOKEN_REASONS = frozenset(
+    {
+        "",
+        "ERROR_REASON_TOKEN_MISSING",
+        "ERROR_REASON_TOKEN_INVALID",
+        "ERROR_REASON_TOKEN_EXPIRED",
+        "ERROR_REASON_TOKEN_REVOKED",
+    }
+)
+
 # Refusals that look like the above and stand for hours: until a day or a month is over.
 _LASTING = frozenset({"ERROR_REASON_CEILING_REACHED"})
 
 PAGE_SIZE_MAX = 200
+
+_API_KEY = re.compile(r"gmk_[\w-]{1,508}", re.ASCII)
 
 Item = TypeVar("Item")
 Request = TypeVar("Request")
@@ -132,12 +149,14 @@ class Edge:
         store: SessionStore,
         ca_file: Path | None = None,
         credentials: tuple[str, str] | None = None,
+        api_key: str | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`credentials` (e-mail, password) sign in by themselves when the store has no login."""
+        """`credentials` (e-mail, password) sign in by themselves when the store has no login. With `api_key` no login is used."""
         self.address = EdgeAddress.parse(url)
         self._store = store
         self._credentials = credentials
+        self._api_key = api_key
         self._sleep = sleep
         self._session: Session | None = None
         self._reached = False
@@ -154,10 +173,11 @@ class Edge:
         self.models = inference_pb2_grpc.ModelCatalogServiceStub(self._channel)
 
     @classmethod
-    def of(cls, settings: ClientSettings, url: str | None = None, *, stored_login: bool = False) -> Self:
+    def of(cls, settings: ClientSettings, url: str | None = None, *, stored_login: bool = False, api_key: str | None = None) -> Self:
         """The edge that option, environment, stored login or default name, in this order.
 
-        E-mail and password of the environment come before the stored login, except with `stored_login`.
+        `api_key`, then key, e-mail and password of the environment come before the stored login, except with `stored_login`.
+        Raises CommandError (usage) where the environment has both a key and e-mail and password.
         """
         file = SessionFile(settings.session_path)
         chosen = url or settings.edge_url
@@ -166,12 +186,17 @@ class Edge:
             chosen = stored.edge if stored else None
         credentials = (settings.email, settings.password.get_secret_value()) if settings.email and settings.password else None
         if stored_login:
-            credentials = None
+            credentials = api_key = None
+        elif api_key is None and settings.api_key is not None:
+            if credentials:
+                raise usage("both GENMESH_API_KEY and GENMESH_EMAIL with GENMESH_PASSWORD are set", "unset the one that is not meant")
+            api_key = parse_api_key(settings.api_key.get_secret_value(), "GENMESH_API_KEY")
         return cls(
             chosen or settings.default_edge,
-            store=SessionMemory() if credentials else file,
+            store=SessionMemory() if credentials or api_key else file,
             ca_file=settings.ca_file,
-            credentials=credentials,
+            credentials=None if api_key else credentials,
+            api_key=api_key,
         )
 
     def __enter__(self) -> Self:
@@ -213,8 +238,15 @@ class Edge:
 
     def sign_in(self, email: str, password: str) -> Session:
         """Sign in and store the login."""
-        request = identity_pb2.SignInRequest(password=identity_pb2.PasswordCredential(email=email, password=password))
-        session = self._to_session(self.call(self.identity.SignIn, request, signed_in=False))
+        return self._sign_in(identity_pb2.SignInRequest(password=identity_pb2.PasswordCredential(email=email, password=password)))
+
+    def sign_in_with_google(self, code: identity_pb2.AuthorizationCode) -> Session:
+        """Sign in with what Google sent the browser back with, and store the login."""
+        # A code works once: repeated after a lost answer it would only be refused.
+        return self._sign_in(identity_pb2.SignInRequest(google_code=code), repeatable=False)
+
+    def _sign_in(self, request: identity_pb2.SignInRequest, *, repeatable: bool = True) -> Session:
+        session = self._to_session(self.call(self.identity.SignIn, request, signed_in=False, repeatable=repeatable))
         with self._store.locked():
             self._store.save(session)
         self._session = session
@@ -226,18 +258,24 @@ class Edge:
             stored = self._store.load()
             if stored is None:
                 return False
-            try:
-                if stored.edge == self.url:
-                    self.identity.SignOut(
-                        identity_pb2.SignOutRequest(refresh_token=stored.refresh_token),
-                        timeout=CALL_TIMEOUT_S,
-                        metadata=_authorization(stored),
-                    )
-            except grpc.RpcError:
-                pass  # an expired token or an edge that is down: the login is forgotten here all the same
+            if stored.edge == self.url:
+                with suppress(grpc.RpcError):  # an edge that is down, a session that has ended: the login is forgotten all the same
+                    self._end(stored)
             self._store.clear()
         self._session = None
         return True
+
+    def _end(self, session: Session) -> None:
+        """End the session that an access token belongs to; an expired token is changed for a last one first."""
+        request = identity_pb2.SignOutRequest()
+        try:
+            self.identity.SignOut(request, timeout=CALL_TIMEOUT_S, metadata=_authorization(session))
+        except grpc.RpcError as error:
+            if code_of(error) is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
+            refresh = identity_pb2.RefreshSessionRequest(refresh_token=session.refresh_token)
+            last = self._to_session(self.identity.RefreshSession(refresh, timeout=CALL_TIMEOUT_S))
+            self.identity.SignOut(request, timeout=CALL_TIMEOUT_S, metadata=_authorization(last))
 
     def _refresh(self, stale: Session) -> Session:
         with self._store.locked():
@@ -260,6 +298,29 @@ class Edge:
                 self._store.save(self._session)
                 return self._session
         return self.sign_in(*self._credentials)
+
+    def _caller(self) -> Session | None:
+        """The login to call with; None where a key is used."""
+        return self.session() if self._api_key is None else None
+
+    def _metadata(self, session: Session | None) -> tuple[tuple[str, str], ...]:
+        return _authorization(session) if self._api_key is None else (("x-api-key", self._api_key),)
+
+    def _renewed(self, error: grpc.RpcError, session: Session | None, renewals: int) -> bool:
+        """Get another access token where `error` refused this one: whether the call is worth another try.
+
+        `renewals` of this call came before it. Raises what a refresh raises.
+        """
+        reason = reason_of(error)
+        if code_of(error) is not grpc.StatusCode.UNAUTHENTICATED or reason not in _TOKEN_REASONS or renewals >= RENEWALS_MAX:
+            return False
+        if renewals:
+            if reason != "ERROR_REASON_TOKEN_REVOKED":
+                return False
+            self._sleep(RENEWAL_PAUSE_S)
+        if session is not None:  # for a key, the edge itself gets another token at the next call
+            self._refresh(session)
+        return True
 
     def _to_session(self, response: identity_pb2.SignInResponse | identity_pb2.RefreshSessionResponse) -> Session:
         return Session(
@@ -286,17 +347,15 @@ class Edge:
         anything has to carry an id that makes it so. Raises grpc.RpcError, and CommandError when there is no edge at all.
         """
         backoff = Backoff(RETRY_WINDOW_S, sleep=self._sleep)
-        renewed = False
+        renewals = 0
         while True:
-            session = self.session() if signed_in else None
+            session = self._caller() if signed_in else None
             try:
-                response = method(request, timeout=timeout_s, metadata=_authorization(session))
+                response = method(request, timeout=timeout_s, metadata=self._metadata(session) if signed_in else ())
             except grpc.RpcError as error:
-                code = code_of(error)
-                if code is grpc.StatusCode.UNAUTHENTICATED and session is not None and not renewed:
-                    renewed = True
-                    self._refresh(session)
-                elif code is grpc.StatusCode.UNAVAILABLE:
+                if signed_in and self._renewed(error, session, renewals):
+                    renewals += 1
+                elif code_of(error) is grpc.StatusCode.UNAVAILABLE:
                     self._check_reachable()
                     if not repeatable or not backoff.wait(retry_after_s(error)):
                         raise
@@ -352,22 +411,22 @@ class Edge:
         Raises grpc.RpcError when the edge refuses, or stays away for longer than RECONNECT_WINDOW_S.
         """
         backoff = Backoff(RECONNECT_WINDOW_S, sleep=self._sleep)
-        renewed = False
+        renewals = 0
         while True:
             session: Session | None = None
             error: grpc.RpcError | None = None
             if self._stopped:
                 raise KeyboardInterrupt
             try:
-                session = self.session()
-                call = method(request(), metadata=_authorization(session))
+                session = self._caller()
+                call = method(request(), metadata=self._metadata(session))
                 self._hold(call)
                 try:
                     for response in call:
                         if self._stopped:
                             break
                         self._reached = True
-                        renewed = False
+                        renewals = 0
                         backoff.reset()
                         yield response
                 finally:
@@ -377,12 +436,10 @@ class Edge:
                 if self._stopped:
                     continue
                 error = interruption
-                code = code_of(error)
-                if code is grpc.StatusCode.UNAUTHENTICATED and session is not None and not renewed:
-                    renewed = True
-                    self._refresh(session)
+                if self._renewed(error, session, renewals):
+                    renewals += 1
                     continue
-                reason = reason_of(error)
+                code, reason = code_of(error), reason_of(error)
                 if reason in _LASTING or (code not in _INTERRUPTIONS and not (code in _RESETS and not reason)):
                     raise
                 self._check_reachable()
@@ -402,12 +459,12 @@ class Edge:
         Raises grpc.RpcError, also when it breaks.
         """
         backoff = Backoff(RETRY_WINDOW_S, sleep=self._sleep)
-        renewed = False
+        renewals = 0
         while True:
             if self._stopped:
                 raise KeyboardInterrupt
-            session = self.session()
-            call = method(request, timeout=timeout_s, metadata=_authorization(session))
+            session = self._caller()
+            call = method(request, timeout=timeout_s, metadata=self._metadata(session))
             self._hold(call)
             begun = False
             try:
@@ -417,12 +474,10 @@ class Edge:
             except grpc.RpcError as error:
                 if self._stopped:
                     continue
-                code = code_of(error)
-                if code is grpc.StatusCode.UNAUTHENTICATED and not renewed and not begun:
-                    renewed = True
-                    self._refresh(session)
+                if not begun and self._renewed(error, session, renewals):
+                    renewals += 1
                     continue
-                if begun or code is not grpc.StatusCode.UNAVAILABLE:
+                if begun or code_of(error) is not grpc.StatusCode.UNAVAILABLE:
                     raise
                 self._check_reachable()
                 if not backoff.wait(retry_after_s(error)):
@@ -452,6 +507,14 @@ class Edge:
                 "start genmesh with `genmesh up`, or name a running one with --edge or GENMESH_EDGE_URL",
                 code=ExitCode.UNAVAILABLE,
             )
+
+
+def parse_api_key(text: str, source: str) -> str:
+    """The key that `source` has, blanks around it left out. Raises CommandError (usage), which does not repeat it."""
+    key = text.strip()
+    if not _API_KEY.fullmatch(key):
+        raise usage(f"{source} holds no API key", "give the whole key as `genmesh keys create` printed it, and nothing else")
+    return key
 
 
 def paged(fetch: Callable[[int, str], tuple[Iterable[Item], str]], limit: int | None) -> Iterator[Item]:

@@ -78,13 +78,20 @@ def fetch(asset: jobs_pb2.Asset, path: Path) -> None:
             raise DownloadError("the file differs from what the job made (SHA-256)")
 
 
-def _chunks(url: str) -> Generator[bytes]:
+def opener_for(url: str) -> urllib.request.OpenerDirector | None:
+    """What opens a presigned URL; None when it is no web address."""
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"}:
-        raise DownloadError("the asset has no web address")
+        return None
     # The embedded store listens on this machine, where no proxy can reach it.
     local = parts.hostname is not None and (parts.hostname in {"localhost", "::1"} or parts.hostname.startswith("127."))
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if local else []))
+
+
+def _chunks(url: str) -> Generator[bytes]:
+    opener = opener_for(url)
+    if opener is None:
+        raise DownloadError("the asset has no web address")
     try:
         with opener.open(url, timeout=TIMEOUT_S) as response:
             while chunk := response.read(CHUNK_BYTES):

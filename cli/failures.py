@@ -93,6 +93,13 @@ _ADVICE_OF_REASON = {
     "ERROR_REASON_JOB_NOT_FAILED": "`genmesh jobs show JOB` tells how it stands",
     "ERROR_REASON_JOB_NOT_TERMINAL": "stop it first with `genmesh jobs cancel JOB`, or wait for its end with `genmesh watch JOB`",
     "ERROR_REASON_LIMIT_REACHED": "a limit was reached: wait for your other jobs, or try again in a moment",
+    "ERROR_REASON_TOKEN_REVOKED": "the session was ended or the account changed: sign in again with `genmesh login`",
+    "ERROR_REASON_API_KEY_INVALID": "make a key with `genmesh keys create`, or unset GENMESH_API_KEY to use your login",
+    "ERROR_REASON_ID_TOKEN_INVALID": "begin again with `genmesh login --google`; if it stays, check clock and settings of this genmesh",
+    "ERROR_REASON_UPLOAD_INVALID": "mend the file and upload it again with `genmesh uploads put FILE`",
+    "ERROR_REASON_PASSWORD_BREACHED": "choose another password: this one is known from a breach of another site",
+    "ERROR_REASON_IDENTITY_TAKEN": "sign in with that identity instead, or link another one",
+    "ERROR_REASON_LAST_ADMIN": "give somebody else the role first: `genmesh admin users update EMAIL --role admin`",
     "ERROR_REASON_INTERNAL": "try again; if it stays, give the error id to whoever runs this genmesh",
 }
 
@@ -185,6 +192,15 @@ def failure_of(error: grpc.RpcError) -> CommandError:
             advice = "`genmesh credits ceilings` shows it; waiting does not help, have it raised"
         elif (anew_after_s := retry_after_s(error)) is not None:
             notes.append(f"it starts anew in {seconds_text(anew_after_s)}")
+    elif reason == "ERROR_REASON_LIMIT_REACHED" and (wait_s := retry_after_s(error)):
+        advice = f"try again in {seconds_text(max(1, wait_s))}"
+    elif reason == "ERROR_REASON_SCOPE_MISSING":
+        scope = metadata.get("scope")
+        advice = (
+            f"use a key with the scope {scope}: `genmesh keys create NAME --scope {scope}`"
+            if scope
+            else "no API key may do this: unset GENMESH_API_KEY and sign in with `genmesh login`"
+        )
     if error_id := metadata.get("error_id"):
         notes.append(f"error id {error_id}")
     if notes and len(notes) == 1 and notes[0] == message:

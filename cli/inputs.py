@@ -1,7 +1,7 @@
 """What people type, read: amounts of credits, sizes, times. What is none of these is a CommandError (usage)."""
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, DecimalException
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,6 +12,8 @@ from cli.failures import usage
 SIZE_MAX = 4096
 MILLICREDITS_MAX = 2**63 - 1  # what the wire carries
 
+_UNIT_S = {"m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_SPAN = re.compile(r"(\d{1,5})([mhdw])", re.ASCII)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 _LOCAL = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?", re.ASCII)
 _RFC_3339 = re.compile(_LOCAL.pattern + r"([Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -61,4 +63,15 @@ def parse_time(text: str) -> Timestamp:
         raise usage(
             f"not a time: {text!r}", "give a date (midnight UTC) or RFC 3339, for example 2026-07-01 or 2026-07-01T08:30:00+02:00"
         ) from None
+    return timestamp
+
+
+def parse_from_now(text: str, *, ago: bool = False) -> Timestamp:
+    """`30d` → in 30 days (`ago`: 30 days ago); also m, h and w, and all that `parse_time` reads. Raises CommandError."""
+    span = _SPAN.fullmatch(text.strip().lower())
+    if span is None:
+        return parse_time(text)
+    seconds = int(span[1]) * _UNIT_S[span[2]]
+    timestamp = Timestamp()
+    timestamp.FromDatetime(datetime.now(UTC) + timedelta(seconds=-seconds if ago else seconds))
     return timestamp

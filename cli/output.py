@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from google.rpc import status_pb2
+from google.rpc import code_pb2, status_pb2
 from PIL import Image
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
@@ -93,6 +93,23 @@ def account_word(account: "credits_pb2.Entry.Account.ValueType") -> str:
 def plan_word(plan: "identity_pb2.Plan.ValueType") -> str:
     """PLAN_FREE → `free`."""
     return _word(identity_pb2.Plan, plan, "PLAN_")
+
+
+def key_scope_word(scope: "identity_pb2.ApiKeyScope.ValueType") -> str:
+    """API_KEY_SCOPE_READ → `read`."""
+    return _word(identity_pb2.ApiKeyScope, scope, "API_KEY_SCOPE_")
+
+
+def upload_word(state: "jobs_pb2.UploadState.ValueType") -> str:
+    """UPLOAD_STATE_PENDING → `pending`."""
+    return _word(jobs_pb2.UploadState, state, "UPLOAD_STATE_")
+
+
+def outcome_text(entry: identity_pb2.AuditEntry) -> str:
+    """How an act of the audit trail ended: `ok`, `scope missing`; what nobody knows is `not known`."""
+    if not entry.HasField("code"):
+        return "not known"
+    return entry.reason.removeprefix("ERROR_REASON_").lower().replace("_", " ") or _word(code_pb2.Code, entry.code, "").replace("_", " ")
 
 
 def top_up_word(state: "payments_pb2.TopUp.State.ValueType") -> str:

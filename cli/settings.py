@@ -23,6 +23,7 @@ class ClientSettings(Settings):
     )
     email: str | None = Field(None, description="For scripts: sign in as this account for each command, storing nothing")
     password: SecretStr | None = Field(None, description="For scripts: password that goes with GENMESH_EMAIL")
+    api_key: SecretStr | None = Field(None, description="For scripts: API key to call with instead of a login, see `genmesh keys create`")
 
     @property
     def default_edge(self) -> str:

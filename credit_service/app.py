@@ -22,12 +22,11 @@ from credit_service.tables import SCHEMA
 from genmesh.credits.v1 import credits_pb2_grpc, payments_pb2_grpc
 from servicekit import database
 from servicekit.client import mesh_channel
-from servicekit.identity import KeySource, RemoteKeys, TokenVerifier
+from servicekit.doorkeeper import Doorkeeper, remote_doorkeeper
 from servicekit.process import until_stopped
 from servicekit.server import MeshServer
 from servicekit.settings import DatabaseSettings
 from servicekit.telemetry import HttpServer, metrics_page
-from servicekit.tls import TlsFiles
 
 SERVICE = "credit_service"
 GRPC_SERVICES = (
@@ -56,7 +55,7 @@ class Dependencies:
     """What the server needs and its caller opens, runs and closes."""
 
     engine: AsyncEngine
-    keys: KeySource
+    door: Doorkeeper
     feed: BalanceFeed
     prices: PriceTable = field(default_factory=lambda: load_prices(None))
     payments: PaymentProvider | None = None
@@ -85,9 +84,10 @@ def build_server(settings: CreditSettings, deps: Dependencies) -> MeshServer:
     server = MeshServer(
         settings,
         service=SERVICE,
-        verifier=TokenVerifier(deps.keys, issuer=settings.token_issuer, audience=settings.token_audience),
-        checks={"database": lambda: database.ping(engine)},
+        verifier=deps.door.verifier(settings),
+        checks={"database": lambda: database.ping(engine), "revocations": deps.door.revocations.ready},
         translate=database.translate,
+        audit=deps.door.audit,
     )
     credits_pb2_grpc.add_CreditsServiceServicer_to_server(CreditsServicer(engine, feed), server.grpc)
     credits_pb2_grpc.add_LedgerAdminServiceServicer_to_server(LedgerAdminServicer(engine, feed), server.grpc)
@@ -142,15 +142,15 @@ async def serve(settings: CreditSettings, stop: asyncio.Event) -> None:
         feed = BalanceFeed(engine, watches_max=settings.max_concurrent_rpcs // 2)
         prices = load_prices(settings.prices_file)
         payments = stack.enter_context(build_payments(settings))
-        keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))
-        server = build_server(settings, Dependencies(engine, keys, feed, prices, payments))
+        door = await stack.enter_async_context(remote_doorkeeper(settings, service=SERVICE))
+        server = build_server(settings, Dependencies(engine, door, feed, prices, payments))
 
         async def drain() -> None:
             await server.draining.wait()
             feed.drain()
 
         stack.callback(asyncio.create_task(drain(), name="drain").cancel)
-        for_ever = [feed.run(), sweep(engine, feed, interval_s=settings.hold_expiry_interval_s)]
+        for_ever = [door.revocations.run(), feed.run(), sweep(engine, feed, interval_s=settings.hold_expiry_interval_s)]
         if settings.plan_grant_interval_s > 0:
             gateway = await stack.enter_async_context(mesh_channel(settings, settings.gateway_address, caller=SERVICE, service="gateway"))
             plans = PlanGrants(

@@ -22,7 +22,7 @@ from credit_service import store
 from credit_service.ledger import Balance
 from servicekit import database
 from servicekit.errors import MeshError, Reason, unavailable
-from servicekit.identity import check_token_lives
+from servicekit.identity import Principal
 
 CHANNEL = "credits_balances"
 LISTENER = "credit_service-balances"
@@ -152,19 +152,19 @@ class BalanceFeed:
         finally:
             self.changed(user_id)
 
-    async def watch(self, user_id: UUID, *, expire_time: float | None) -> AsyncGenerator[Balance]:
+    async def watch(self, user_id: UUID, *, caller: Principal) -> AsyncGenerator[Balance]:
         """A user's balance as it is now, then whenever it has changed, and after every silence of the checkpoint interval.
 
         Versions never go back; of changes that come faster than they are taken, only the newest balance is told. While the
-        database is away it waits. `expire_time` (Unix time) is that of the caller's access token.
+        database is away it waits. It ends with the caller's access token.
 
-        Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) for a watch too many, UNAUTHENTICATED (TOKEN_EXPIRED), UNAVAILABLE when the
+        Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) for a watch too many, UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED), UNAVAILABLE when the
         process ends.
         """
         with self._watching(user_id) as watcher:
             checkpoint_due = time.monotonic() + self._checkpoint_interval_s
             while True:
-                check_token_lives(expire_time)
+                caller.check_alive()
                 if self._draining:
                     raise unavailable("this server is going away; watch again", 0.1)
                 if watcher.waiting:
@@ -177,8 +177,8 @@ class BalanceFeed:
                     self._ask((user_id,))
                     timeout_s = self._checkpoint_interval_s
                     checkpoint_due = time.monotonic() + timeout_s
-                if expire_time is not None:
-                    timeout_s = min(timeout_s, max(0.0, expire_time - time.time()))
+                if caller.expire_time is not None:
+                    timeout_s = min(timeout_s, max(0.0, caller.expire_time - time.time()))
                 await watcher.wait(timeout_s)
 
     def drain(self) -> None:

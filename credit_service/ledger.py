@@ -18,7 +18,7 @@ from servicekit.errors import MeshError, Reason, invalid, not_found, preconditio
 _ENTRY_ID_BYTES = 8
 INT64_MAX = 2**63 - 1
 
-KEY_CEILINGS_MAX = 100
+KEY_CEILINGS_MAX = 1000
 """Ceilings of API keys that one user can have."""
 
 

@@ -16,7 +16,7 @@ from credit_service.balances import BalanceFeed
 from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.database import reading, transaction
-from servicekit.errors import invalid, permission_denied
+from servicekit.errors import invalid
 from servicekit.identity import current_principal, current_user_id
 from servicekit.interceptors import Context
 from servicekit.paging import page_limit
@@ -70,7 +70,7 @@ class CreditsServicer(pb_grpc.CreditsServiceServicer):
     async def WatchBalance(self, request: pb.WatchBalanceRequest, context: Context) -> AsyncGenerator[pb.WatchBalanceResponse]:
         """See CreditsService."""
         user_id = ledger.user_id_of(current_user_id())
-        async with aclosing(self._feed.watch(user_id, expire_time=current_principal().expire_time)) as balances:
+        async with aclosing(self._feed.watch(user_id, caller=current_principal())) as balances:
             async for balance in balances:
                 yield pb.WatchBalanceResponse(
                     available_millicredits=balance.available_millicredits,
@@ -93,8 +93,6 @@ class CreditsServicer(pb_grpc.CreditsServiceServicer):
 
     async def SetKeyCeiling(self, request: pb.SetKeyCeilingRequest, context: Context) -> pb.SetKeyCeilingResponse:
         """See CreditsService."""
-        if current_principal().api_key_id is not None:
-            raise permission_denied("an API key sets no ceilings; sign in")
         api_key_id = _api_key_id(request.api_key_id)
         user_id = ledger.user_id_of(current_user_id())
         with self._feed.changing(user_id):  # what was due to lapse has lapsed

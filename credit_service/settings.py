@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from credit_service.prices import load_prices
-from servicekit.settings import DatabaseSettings, HostPort, ServerSettings
+from servicekit.settings import DatabaseSettings, ServerSettings
 
 
 class CreditSettings(ServerSettings, DatabaseSettings):
@@ -24,7 +24,6 @@ class CreditSettings(ServerSettings, DatabaseSettings):
         le=86_400,
         description="How often credit_service gives the credits of a month to members of plans that are due; 0: never",
     )
-    gateway_address: HostPort = Field("127.0.0.1:50050", description="Where credit_service asks who has which plan (mTLS)")
     payment_provider: Literal["none", "stripe"] = Field("none", description="Who takes payments for credits; `none`: nobody")
     payment_return_url: str | None = Field(
         None, description="Page a browser goes to after a checkout; gets `?top_up_id=…`, and `&cancelled=true` if nobody paid"

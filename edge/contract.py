@@ -15,8 +15,10 @@ from genmesh.options.v1 import options_pb2
 
 # The stubs of googleapis-common-protos do not say which message the extension extends.
 HTTP: Any = annotations_pb2.http
-PUBLISHABLE = (options_pb2.ACCESS_PUBLIC, options_pb2.ACCESS_USER, options_pb2.ACCESS_ADMIN)
+PUBLISHABLE = (options_pb2.ACCESS_PUBLIC, options_pb2.ACCESS_USER, options_pb2.ACCESS_OPERATOR, options_pb2.ACCESS_ADMIN)
 READ_PREFIXES = ("Get", "List")
+TIMEOUT_S = 30
+"""How long a unary call may take that does not say."""
 HTTP_METHODS = ("get", "put", "post", "delete", "patch")
 
 
@@ -36,6 +38,7 @@ class PublicMethod:
     name: str
     access: options_pb2.Access.ValueType
     streaming: bool
+    timeout_s: int
     bindings: tuple[Binding, ...]
 
     @property
@@ -74,7 +77,8 @@ def _public(service: str, method: descriptor_pb2.MethodDescriptorProto) -> Publi
     if access not in PUBLISHABLE:
         raise ValueError(f"{service}.{method.name} has a REST binding but its access is {options_pb2.Access.Name(access)}")
     rule: http_pb2.HttpRule = method.options.Extensions[HTTP]
-    return PublicMethod(service, method.name, access, method.server_streaming, tuple(_bindings(rule)))
+    timeout_s = method.options.Extensions[options_pb2.timeout_s] or TIMEOUT_S
+    return PublicMethod(service, method.name, access, method.server_streaming, timeout_s, tuple(_bindings(rule)))
 
 
 def _bindings(rule: http_pb2.HttpRule) -> Iterator[Binding]:

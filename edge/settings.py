@@ -37,9 +37,17 @@ class EnvoySettings(Settings):
     listen_host: str = Field("0.0.0.0", description="Address the two public listeners bind to")  # noqa: S104  # the edge is the public door
     edge_port: Port = Field(8080, description="Public port, plaintext HTTP/1.1 and HTTP/2")
     edge_tls_port: Port = Field(8443, description="Public port, TLS")
-    admin_port: Port = Field(9901, description="Envoy's admin interface, on loopback only")
-    certificates_dir: Path = Field(description="Directory with `ca.crt`, `{envoy,edge}.{crt,key}`, as Envoy sees it")
+    admin_host: str = Field("127.0.0.1", min_length=1, description="Address of Envoy's admin interface; it knows no passwords")
+    admin_port: Port = Field(9901, description="Envoy's admin interface: health, `/stats/prometheus`")
+    certificates_dir: Path = Field(
+        description="Directory with `ca.crt`, `{envoy,edge}.{crt,key}`, as Envoy sees it; files renamed into it are read at once"
+    )
+    sds_dir: Path | None = Field(
+        None, description="Where the files go that tell Envoy which certificates to watch, as Envoy sees it; unset: certificates_dir"
+    )
     descriptors: Path = Field(ENVOY_DIR / "descriptors.binpb", description="Descriptor set of the contract, as Envoy sees it")
+    openapi: Path = Field(ENVOY_DIR / "openapi.json", description="What is served at /openapi.json, as Envoy sees it")
+    docs_dir: Path = Field(ENVOY_DIR / "docs", description="What is served at /docs, as Envoy sees it")
     gateway_addresses: Addresses = Field(description="gRPC addresses of gateway, HOST:PORT, comma separated")
     jobs_addresses: Addresses = Field(description="gRPC addresses of jobs_service")
     credits_addresses: Addresses = Field(description="gRPC addresses of credit_service")
@@ -48,3 +56,26 @@ class EnvoySettings(Settings):
     token_issuer: str = Field("https://genmesh.internal", min_length=1, description="`iss` of access tokens")
     token_audience: str = Field("genmesh", min_length=1, description="`aud` of access tokens")
     allowed_origins: Origins = Field((), description="Origins whose pages may call the edge (CORS), comma separated")
+    trusted_hops: int = Field(
+        0,
+        ge=0,
+        le=10,
+        description="Load balancers in front of Envoy that add the client's address to `x-forwarded-for`; 0: clients connect here",
+    )
+    edge_requests_per_s_ip: int = Field(
+        500, ge=0, description="Requests a second from one address (IPv6: one /64), by each Envoy; 0: no limit"
+    )
+    edge_burst_ip: int = Field(2000, ge=1, description="Requests that one address may send at once after a pause")
+    edge_requests_per_s_user: int = Field(200, ge=0, description="Requests a second of one signed-in user, by each Envoy; 0: no limit")
+    edge_burst_user: int = Field(1000, ge=1, description="Requests that one user may send at once after a pause")
+    edge_connections_max: int = Field(
+        10_000, ge=10, description="Client connections of one Envoy; one port takes at most nine tenths of them"
+    )
+    edge_heap_mb: int = Field(
+        1024, ge=64, description="Memory at which Envoy sheds load: streams with large buffers first, then all new requests"
+    )
+    hsts_max_age_s: int = Field(
+        31_536_000,
+        ge=0,
+        description="How long browsers use nothing but TLS with this host (`strict-transport-security`); 0: they forget it",
+    )

@@ -1,24 +1,28 @@
-"""What people do with accounts: register, sign in, refresh, sign out, look, list. Each is one or two short transactions.
+"""What people do with accounts: register, sign in, link, refresh, sign out, look, list. Each is one or two short transactions.
 
-The rules are in `identity`, the SQL in `store`; no connection is held while a password is hashed.
+The rules are in `identity`, the SQL in `store`; no connection is held while a password is hashed or an identity provider asked.
 """
 
 import uuid
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import grpc
 import structlog
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from uuid_utils.compat import uuid7
 
 from gateway import identity, store
-from gateway.identity import Account, RefreshDecision
+from gateway.breached import BreachedPasswords
+from gateway.identity import Account, ExternalIdentity, RefreshDecision
+from gateway.oidc import Proof, Providers
 from gateway.passwords import Passwords
+from gateway.revocations import revoke
+from gateway.throttle import Throttle, client_network
 from gateway.tokens import SigningKeys
-from servicekit import paging
+from servicekit import audit, paging
 from servicekit.database import transaction
-from servicekit.errors import MeshError, Reason, not_found, unauthenticated
+from servicekit.errors import MeshError, Reason, invalid, not_found, unauthenticated
 from servicekit.identity import ROLE_ADMIN
 
 PAGES_OF = b"users"
@@ -42,7 +46,7 @@ class TokenPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a client gets for a session."""
+    """What a client gets for a session; for an API key `refresh_token` is empty."""
 
     account: Account
     access_token: str
@@ -58,22 +62,55 @@ class Page:
     next_page_token: str
 
 
+@dataclass(frozen=True, slots=True)
+class Gatekeeping:
+    """What stands between a claim to be somebody and a session."""
+
+    passwords: Passwords
+    breached: BreachedPasswords
+    providers: Providers
+    throttle: Throttle
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """A session as a transaction left it; `issued_at` is a moment in which `account` was true."""
+
+    session_id: uuid.UUID
+    account: Account
+    issued_at: datetime
+    refresh_token: str
+
+
 class Accounts:
     """Accounts and sessions over one database."""
 
-    def __init__(self, engine: AsyncEngine, passwords: Passwords, keys: SigningKeys, policy: TokenPolicy) -> None:
+    def __init__(self, engine: AsyncEngine, gatekeeping: Gatekeeping, keys: SigningKeys, policy: TokenPolicy) -> None:
         self._engine = engine
-        self._passwords = passwords
+        self._passwords = gatekeeping.passwords
+        self._breached = gatekeeping.breached
+        self._providers = gatekeeping.providers
+        self._throttle = gatekeeping.throttle
         self._keys = keys
         self._policy = policy
 
-    async def register(self, *, email: str, password: str, display_name: str) -> Account:
-        """Make an account on the free plan. Raises ALREADY_EXISTS (EMAIL_TAKEN)."""
-        account = await self._insert(identity.canonical_email(email), password, display_name, roles=())
-        if account is None:
-            raise MeshError(
-                grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_EMAIL_TAKEN, "an account with this e-mail address exists; sign in"
+    async def register(self, *, email: str, password: str, display_name: str, client_address: str) -> Account:
+        """Make an account on the free plan.
+
+        Raises ALREADY_EXISTS (EMAIL_TAKEN), INVALID_ARGUMENT (PASSWORD_BREACHED), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+        """
+        email = identity.canonical_email(email)
+        await self._throttle.registration(client_network(client_address))
+        if await self._breached.known(password):
+            raise invalid(
+                "password",
+                "is known from a breach of another site; choose another",
+                reason=Reason.ERROR_REASON_PASSWORD_BREACHED,
             )
+        account = await self._insert(email, password, display_name, roles=())
+        if account is None:
+            raise _email_taken("an account with this e-mail address exists; sign in")
+        audit.about(subject=str(account.user_id))
         _log.info("account.registered", user_id=str(account.user_id))
         return account
 
@@ -105,69 +142,91 @@ class Accounts:
                 password_hash=password_hash,
             )
 
-    async def sign_in(self, *, email: str, password: str) -> Tokens:
-        """Start a session. Raises UNAUTHENTICATED (BAD_CREDENTIALS), PERMISSION_DENIED (ACCOUNT_DISABLED)."""
+    async def sign_in(self, *, email: str, password: str, client_address: str) -> Tokens:
+        """Start a session. Raises UNAUTHENTICATED (BAD_CREDENTIALS), PERMISSION_DENIED (ACCOUNT_DISABLED), RESOURCE_EXHAUSTED."""
         email = identity.canonical_email(email, "password.email")
-        async with transaction(self._engine) as connection:
-            found = await store.get_password(connection, email)
-        account, stored = found or (None, None)
-        verdict = await self._passwords.verify(stored, password)
-        if account is None or stored is None or not verdict.correct:
-            raise unauthenticated(Reason.ERROR_REASON_BAD_CREDENTIALS, "e-mail address or password is wrong")
-        # Only now: whether an account is disabled is its owner's to know.
-        identity.require_enabled(account)
+        client = client_network(client_address)
+        audit.about(credential="password")
+        async with self._throttle.client("sign_in_client", client):
+            async with transaction(self._engine) as connection:
+                found = await store.get_password(connection, email, client_network=client)
+            if found is not None:
+                audit.about(subject=str(found.account.user_id))
+            async with self._throttle.password(email, client, known=found is not None and found.known_client):
+                verdict = await self._passwords.verify(found.hash if found else None, password)
+                if found is None or not verdict.correct:
+                    raise unauthenticated(Reason.ERROR_REASON_BAD_CREDENTIALS, "e-mail address or password is wrong")
         renewed = await self._passwords.hash(password) if verdict.outdated else None
-        session_id = uuid7()
-        refresh_token = identity.new_refresh_token()
         async with transaction(self._engine) as connection:
             if renewed is not None:
-                await store.replace_password_hash(connection, account.user_id, old=stored, new=renewed)
-            await store.insert_session(connection, session_id=session_id, user_id=account.user_id, ttl=self._policy.session_ttl)
-            await store.insert_refresh_token(
-                connection,
-                token_hash=identity.refresh_token_hash(refresh_token),
-                session_id=session_id,
-                ttl=self._policy.refresh_token_ttl,
-            )
-        return self._tokens(account, refresh_token)
+                await store.replace_password_hash(connection, found.account.user_id, old=found.hash, new=renewed)
+            session = await self._start_session(connection, found.account.user_id, client)
+        return self._tokens(session)
 
-    async def refresh(self, refresh_token: str) -> Tokens:
-        """Change a refresh token for new tokens. Raises UNAUTHENTICATED (REFRESH_TOKEN_INVALID).
+    async def sign_in_elsewhere(self, proof: Proof, *, client_address: str) -> Tokens:
+        """Start a session for somebody whom another identity provider knows; who comes for the first time gets an account.
 
-        The refusal is raised after the commit: that the session ended has to stay.
+        Raises UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (ACCOUNT_DISABLED), ALREADY_EXISTS (EMAIL_TAKEN),
+        UNIMPLEMENTED (NOT_OFFERED), RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
         """
-        token_hash = identity.refresh_token_hash(refresh_token)
-        next_token = identity.new_refresh_token()
+        client = client_network(client_address)
+        audit.about(credential=proof.name)
+        proven = await self._prove(proof, client)
         async with transaction(self._engine) as connection:
-            locked = await store.lock_refresh_token(connection, token_hash)
-            decision = identity.decide_refresh(locked.state if locked else None)
-            if locked is not None and decision is RefreshDecision.ROTATE:
-                await store.mark_refresh_token_used(connection, token_hash)
-                await store.insert_refresh_token(
-                    connection,
-                    token_hash=identity.refresh_token_hash(next_token),
-                    session_id=locked.state.session_id,
-                    ttl=self._policy.refresh_token_ttl,
-                )
-            elif locked is not None and decision is not RefreshDecision.REFUSE:
-                await store.end_session(connection, locked.state.session_id, decision.value)
-        if locked is None or decision is not RefreshDecision.ROTATE:
-            _log.warning(
-                "session.refresh_refused",
-                decision=decision.value,
-                session_id=str(locked.state.session_id) if locked else None,
-                user_id=str(locked.account.user_id) if locked else None,
-            )
-            raise identity.refresh_token_invalid()
-        return self._tokens(locked.account, next_token)
+            account = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
+            if account is None:
+                account = await self._adopt(connection, proven)
+            session = await self._start_session(connection, account.user_id, client)
+        return self._tokens(session)
 
-    async def sign_out(self, user_id: uuid.UUID, refresh_token: str) -> None:
-        """End the session of a refresh token, used or not. An unknown one, or another user's, changes nothing."""
+    async def link(self, user_id: uuid.UUID, proof: Proof, *, client_address: str) -> None:
+        """Let an account be signed in to through another identity provider from now on. The same link again is no error.
+
+        Raises UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED),
+        RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
+        """
+        audit.about(credential=proof.name)
+        proven = await self._prove(proof, client_network(client_address))
+        audit.about(issuer=proven.issuer, external_subject=proven.subject)
+        async with transaction(self._engine) as connection:
+            account = await store.share_user(connection, user_id)
+            if account is None:
+                raise not_found("account")
+            identity.require_enabled(account)
+            await store.lock_identity(connection, proven.issuer, proven.subject)
+            owner = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
+            if owner is None and await store.insert_identity(connection, issuer=proven.issuer, subject=proven.subject, user_id=user_id):
+                _log.info("identity.linked", user_id=str(user_id), issuer=proven.issuer)
+                return
+        if owner is None or owner.user_id != user_id:
+            message = "this account has another identity there" if owner is None else "this identity belongs to another account"
+            raise MeshError(grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_IDENTITY_TAKEN, message)
+
+    async def refresh(self, refresh_token: str, *, client_address: str) -> Tokens:
+        """Change a refresh token for new tokens. Raises UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+
+        There is no grace for a second use, be it two tabs at once or a reply that was lost: to answer it would be to give tokens
+        to whoever copied the first. Clients keep others of their own from refreshing at the same time.
+        """
+        # Pages that ask whether somebody is signed in are no guesses, and must not stop those who are.
+        what = "refresh_client" if refresh_token else "refresh_nothing"
+        async with self._throttle.client(what, client_network(client_address)):
+            return self._tokens(await self._rotate(refresh_token))
+
+    async def sign_out(self, user_id: uuid.UUID, *, refresh_token: str) -> bool:
+        """End the session of a refresh token, used or not; False if it is none of this user's, then nothing is changed."""
         token_hash = identity.refresh_token_hash(refresh_token)
         async with transaction(self._engine) as connection:
             session_id = await store.find_session(connection, token_hash=token_hash, user_id=user_id)
             if session_id is not None:
-                await store.end_session(connection, session_id, identity.END_SIGNED_OUT)
+                await self._end(connection, session_id, user_id, identity.END_SIGNED_OUT)
+        return session_id is not None
+
+    async def sign_out_session(self, user_id: uuid.UUID, session_id: uuid.UUID) -> None:
+        """End a session, if it is this user's."""
+        async with transaction(self._engine) as connection:
+            if await store.session_owner(connection, session_id) == user_id:
+                await self._end(connection, session_id, user_id, identity.END_SIGNED_OUT)
 
     async def get(self, user_id: uuid.UUID) -> Account:
         """An account. Raises NOT_FOUND, PERMISSION_DENIED (ACCOUNT_DISABLED)."""
@@ -197,23 +256,105 @@ class Accounts:
             accounts = await store.list_enabled_users(connection, after=uuid.UUID(bytes=after) if after else None, limit=limit + 1)
         return _page(accounts, limit, PAGES_OF_MEMBERS)
 
-    async def update(self, user_id: uuid.UUID, *, actor_id: str, plan: str | None) -> Account:
-        """Change what is not None; a plan that the account has already goes on from where it started. Raises NOT_FOUND."""
-        async with transaction(self._engine) as connection:
-            account = await store.lock_user(connection, user_id)
-            if account is None:
-                raise not_found("account")
-            if plan is None or plan == account.plan:
-                return account
-            changed = await store.start_plan(connection, user_id, plan)
-        _log.info("account.plan_changed", user_id=str(user_id), actor_id=actor_id, before=account.plan, plan=changed.plan)
-        return changed
+    async def _prove(self, proof: Proof, client: str) -> ExternalIdentity:
+        # Counted like wrong passwords: each code costs a call to the provider, each refusal an entry of the audit trail.
+        async with self._throttle.client("sign_in_client", client):
+            return await self._providers.prove(proof)
 
-    def _tokens(self, account: Account, refresh_token: str) -> Tokens:
-        now = datetime.now(UTC).replace(microsecond=0)  # a JWT counts in seconds
+    async def _adopt(self, connection: AsyncConnection, proven: ExternalIdentity) -> Account:
+        """The new account of an identity. Raises ALREADY_EXISTS (EMAIL_TAKEN).
+
+        An account that has the address is not linked: addresses of password accounts are not verified, so it may have been made
+        by somebody who waits for the address's owner to come (pre-hijacking).
+        """
+        await store.lock_identity(connection, proven.issuer, proven.subject)
+        account = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
+        if account is not None:
+            return account
+        account = await store.insert_user(
+            connection,
+            user_id=uuid7(),
+            email=proven.email,
+            display_name=identity.external_display_name(proven),
+            roles=(),
+            plan=identity.PLAN_FREE,
+            password_hash=None,
+        )
+        if account is None:
+            raise _email_taken("an account with this e-mail address exists; sign in to it and link this identity")
+        await store.insert_identity(connection, issuer=proven.issuer, subject=proven.subject, user_id=account.user_id)
+        _log.info("account.registered", user_id=str(account.user_id), issuer=proven.issuer)
+        return account
+
+    async def _start_session(self, connection: AsyncConnection, user_id: uuid.UUID, client: str) -> _Session:
+        # Read again, and kept from changing until the session is there: who disables an account ends all the sessions it has.
+        account = await store.share_user(connection, user_id)
+        if account is None:
+            raise not_found("account")
+        # Only now: whether an account is disabled is its owner's to know.
+        audit.about(subject=str(user_id))
+        identity.require_enabled(account)
+        session_id, refresh_token = uuid7(), identity.new_refresh_token()
+        await store.insert_session(connection, session_id=session_id, user_id=user_id, client_network=client, ttl=self._policy.session_ttl)
+        await self._insert_refresh_token(connection, session_id, refresh_token)
+        audit.by(str(user_id))
+        audit.about(session_id=str(session_id))
+        return _Session(session_id, account, await store.account_issue_time(connection, user_id), refresh_token)
+
+    async def _insert_refresh_token(self, connection: AsyncConnection, session_id: uuid.UUID, refresh_token: str) -> None:
+        await store.insert_refresh_token(
+            connection,
+            token_hash=identity.refresh_token_hash(refresh_token),
+            session_id=session_id,
+            ttl=self._policy.refresh_token_ttl,
+        )
+
+    async def _rotate(self, refresh_token: str) -> _Session:
+        """The refusal is raised after the commit: that the session ended has to stay."""
+        token_hash = identity.refresh_token_hash(refresh_token)
+        async with transaction(self._engine) as connection:
+            locked = await store.lock_refresh_token(connection, token_hash)
+            decision = identity.decide_refresh(locked.state if locked else None)
+            if locked is not None:
+                session_id, account = locked.state.session_id, locked.account
+                audit.about(subject=str(account.user_id), session_id=str(session_id))
+                if decision is RefreshDecision.ROTATE:
+                    audit.by(str(account.user_id))
+                    next_token = identity.new_refresh_token()
+                    await store.mark_refresh_token_used(connection, token_hash)
+                    await self._insert_refresh_token(connection, session_id, next_token)
+                    return _Session(session_id, account, await store.account_issue_time(connection, account.user_id), next_token)
+                if decision is not RefreshDecision.REFUSE:
+                    await self._end(connection, session_id, account.user_id, decision.value)
+        _log.warning(
+            "session.refresh_refused",
+            decision=decision.value,
+            session_id=str(locked.state.session_id) if locked else None,
+            user_id=str(locked.account.user_id) if locked else None,
+        )
+        raise identity.refresh_token_invalid()
+
+    async def _end(self, connection: AsyncConnection, session_id: uuid.UUID, user_id: uuid.UUID, reason: str) -> None:
+        """End a session and what access tokens it has."""
+        audit.about(subject=str(user_id), session_id=str(session_id), ended=reason)
+        if await store.end_session(connection, session_id, reason):
+            await revoke(connection, "session", session_id)
+
+    def _tokens(self, session: _Session) -> Tokens:
         policy = self._policy
-        claims = identity.access_claims(account, issuer=policy.issuer, audience=policy.audience, issued_at=now, ttl=policy.access_token_ttl)
-        return Tokens(account, self._keys.sign(claims), now + policy.access_token_ttl, refresh_token)
+        claims = identity.access_claims(
+            session.account,
+            session_id=session.session_id,
+            issuer=policy.issuer,
+            audience=policy.audience,
+            issued_at=session.issued_at,
+            ttl=policy.access_token_ttl,
+        )
+        return Tokens(session.account, self._keys.sign(claims), session.issued_at + policy.access_token_ttl, session.refresh_token)
+
+
+def _email_taken(message: str) -> MeshError:
+    return MeshError(grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_EMAIL_TAKEN, message)
 
 
 def _page(accounts: list[Account], limit: int, pages_of: bytes) -> Page:

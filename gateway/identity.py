@@ -18,6 +18,7 @@ PLAN_FREE = "PLAN_FREE"
 """Plans go by their names in the proto: the same word in the table, in the token and on the wire."""
 
 REFRESH_TOKEN_BYTES = 32
+DISPLAY_NAME_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,16 @@ class Account:
     create_time: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class ExternalIdentity:
+    """Somebody as another identity provider proved them; `issuer` and `subject` never change, the rest may."""
+
+    issuer: str
+    subject: str
+    email: str
+    display_name: str
+
+
 def canonical_email(email: str, field: str = "email") -> str:
     """The one form in which an address is stored and looked up. Raises INVALID_ARGUMENT for what PostgreSQL cannot hold."""
     if "\0" in email:
@@ -46,14 +57,22 @@ def display_name_or_default(display_name: str, email: str) -> str:
     return display_name.strip() or email.partition("@")[0]
 
 
+def external_display_name(proven: ExternalIdentity) -> str:
+    """The name to show of somebody from another provider, whose names keep rules of their own."""
+    name = proven.display_name.replace("\0", "").encode(errors="ignore").decode()[:DISPLAY_NAME_MAX]
+    return display_name_or_default(name, proven.email)
+
+
 def require_enabled(account: Account) -> None:
     """Raise PERMISSION_DENIED (ACCOUNT_DISABLED) for a disabled account."""
     if account.disabled:
         raise permission_denied("this account is disabled", Reason.ERROR_REASON_ACCOUNT_DISABLED)
 
 
-def access_claims(account: Account, *, issuer: str, audience: str, issued_at: datetime, ttl: timedelta) -> dict[str, Any]:
-    """Claims of an access token, as `servicekit.identity.TokenVerifier` and Envoy's jwt_authn read them."""
+def access_claims(
+    account: Account, *, session_id: uuid.UUID, issuer: str, audience: str, issued_at: datetime, ttl: timedelta
+) -> dict[str, Any]:
+    """Claims of a session's access token, as `servicekit.identity.TokenVerifier` and Envoy's jwt_authn read them."""
     return {
         "iss": issuer,
         "aud": audience,
@@ -61,6 +80,7 @@ def access_claims(account: Account, *, issuer: str, audience: str, issued_at: da
         "iat": int(issued_at.timestamp()),
         "exp": int((issued_at + ttl).timestamp()),
         "jti": str(uuid.uuid4()),
+        "sid": str(session_id),
         "roles": list(account.roles),
         "plan": account.plan,
     }

@@ -47,7 +47,7 @@ class Passwords:
 
     async def hash(self, password: str) -> str:
         """The argon2id hash of a password, with its parameters and salt. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
-        return await self._run(lambda: self._hasher.hash(_normal(password)))
+        return await self._run(lambda: self._hasher.hash(normal(password)))
 
     async def verify(self, stored: str | None, password: str) -> Verdict:
         """Compare a password with a stored hash. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED).
@@ -57,7 +57,7 @@ class Passwords:
 
         def compare() -> Verdict:
             try:
-                self._hasher.verify(stored or self._decoy, _normal(password))
+                self._hasher.verify(stored or self._decoy, normal(password))
             except VerifyMismatchError:
                 return Verdict(correct=False)
             return Verdict(correct=stored is not None, outdated=stored is not None and self._hasher.check_needs_rehash(stored))
@@ -79,6 +79,6 @@ class Passwords:
             self._pending -= 1
 
 
-def _normal(password: str) -> bytes:
+def normal(password: str) -> bytes:
     """The same password typed on another keyboard may arrive as other code points (NIST SP 800-63B, 3.1.1.2)."""
     return unicodedata.normalize("NFKC", password).encode()

@@ -1,78 +1,108 @@
-"""IdentityService, IdentityAdminService and MembershipService: messages to domain calls and back."""
+"""IdentityService and MembershipService: messages to domain calls and back."""
 
 import uuid
-from datetime import datetime
 from typing import Any
 
 import grpc
-from google.protobuf import timestamp_pb2
 
-from gateway.accounts import Accounts
+from gateway import cookies
+from gateway.accounts import Accounts, Tokens
+from gateway.api_keys import ApiKeys
+from gateway.api_keys_servicer import ApiKeysServicer
 from gateway.identity import Account
+from gateway.messages import timestamp, user_message
+from gateway.oidc import SCOPE, Code, IdToken, Proof, Providers
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
-from servicekit.errors import MeshError, Reason
-from servicekit.identity import current_user_id
+from servicekit.errors import MeshError
+from servicekit.identity import current_principal, current_user_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-def _timestamp(time: datetime) -> timestamp_pb2.Timestamp:
-    message = timestamp_pb2.Timestamp()
-    message.FromDatetime(time)
-    return message
+class IdentityServicer(ApiKeysServicer):
+    """See IdentityService in the proto; its methods on API keys are in `api_keys_servicer`."""
 
-
-def user_message(account: Account) -> identity_pb2.User:
-    """An account as clients see it."""
-    return identity_pb2.User(
-        user_id=str(account.user_id),
-        email=account.email,
-        display_name=account.display_name,
-        roles=account.roles,
-        plan=identity_pb2.Plan.Value(account.plan),
-        create_time=_timestamp(account.create_time),
-    )
-
-
-class IdentityServicer(identity_pb2_grpc.IdentityServiceServicer):
-    """See IdentityService in the proto."""
-
-    def __init__(self, accounts: Accounts) -> None:
+    def __init__(self, accounts: Accounts, providers: Providers, api_keys: ApiKeys, *, cookie_max_age_s: int) -> None:
+        """`cookie_max_age_s`: how long a browser keeps a refresh token."""
         self._accounts = accounts
+        self._providers = providers
+        self.api_keys = api_keys
+        self._cookie_max_age_s = cookie_max_age_s
 
     async def RegisterUser(self, request: identity_pb2.RegisterUserRequest, context: Context) -> identity_pb2.RegisterUserResponse:
         """See the proto."""
-        account = await self._accounts.register(email=request.email, password=request.password, display_name=request.display_name)
+        account = await self._accounts.register(
+            email=request.email, password=request.password, display_name=request.display_name, client_address=_client_address()
+        )
         return identity_pb2.RegisterUserResponse(user=user_message(account))
+
+    async def GetSignInOptions(
+        self, request: identity_pb2.GetSignInOptionsRequest, context: Context
+    ) -> identity_pb2.GetSignInOptionsResponse:
+        """See the proto."""
+        offer = await self._providers.offer()
+        response = identity_pb2.GetSignInOptionsResponse()
+        if offer.google_client_id:
+            response.google.client_id = offer.google_client_id
+            response.google.authorization_endpoint = offer.authorization_endpoint
+            response.google.scope = SCOPE
+            response.google.redirect_uris.extend(offer.redirect_uris)
+        if offer.firebase_project_id:
+            response.firebase.project_id = offer.firebase_project_id
+        return response
 
     async def SignIn(self, request: identity_pb2.SignInRequest, context: Context) -> identity_pb2.SignInResponse:
         """See the proto."""
-        credential = request.WhichOneof("credential")
-        if credential != "password":
-            raise MeshError(
-                grpc.StatusCode.UNIMPLEMENTED, Reason.ERROR_REASON_NOT_OFFERED, f"sign-in by {credential} is not offered; use a password"
-            )
-        tokens = await self._accounts.sign_in(email=request.password.email, password=request.password.password)
+        match request.WhichOneof("credential"):
+            case "password":
+                password = request.password
+                tokens = await self._accounts.sign_in(email=password.email, password=password.password, client_address=_client_address())
+            case "api_key":
+                tokens = await self.api_keys.sign_in(request.api_key, client_address=_client_address())
+            case _:
+                tokens = await self._accounts.sign_in_elsewhere(_proof(request), client_address=_client_address())
+        in_cookie = request.refresh_token_cookie and tokens.refresh_token != ""
+        await self._send_metadata(context, tokens, in_cookie=in_cookie)
         return identity_pb2.SignInResponse(
             access_token=tokens.access_token,
-            expire_time=_timestamp(tokens.expire_time),
-            refresh_token=tokens.refresh_token,
+            expire_time=timestamp(tokens.expire_time),
+            refresh_token="" if in_cookie else tokens.refresh_token,
             user=user_message(tokens.account),
         )
 
     async def RefreshSession(self, request: identity_pb2.RefreshSessionRequest, context: Context) -> identity_pb2.RefreshSessionResponse:
-        """See the proto."""
-        tokens = await self._accounts.refresh(request.refresh_token)
+        """See the proto. A token in the request is one that the caller chose; the cookie comes along by itself and then stays as it is."""
+        in_cookie = request.refresh_token == ""
+        refresh_token = cookies.refresh_token(context.invocation_metadata()) if in_cookie else request.refresh_token
+        try:
+            tokens = await self._accounts.refresh(refresh_token, client_address=_client_address())
+        except MeshError as error:
+            # A refused token is of no session that lives, nor is what another tab got for it: the browser need not send it again.
+            if error.code is grpc.StatusCode.UNAUTHENTICATED and in_cookie and refresh_token:
+                await context.send_initial_metadata((cookies.forget(),))
+            raise
+        await self._send_metadata(context, tokens, in_cookie=in_cookie)
         return identity_pb2.RefreshSessionResponse(
             access_token=tokens.access_token,
-            expire_time=_timestamp(tokens.expire_time),
-            refresh_token=tokens.refresh_token,
+            expire_time=timestamp(tokens.expire_time),
+            refresh_token="" if in_cookie else tokens.refresh_token,
             user=user_message(tokens.account),
         )
 
     async def SignOut(self, request: identity_pb2.SignOutRequest, context: Context) -> identity_pb2.SignOutResponse:
         """See the proto."""
-        await self._accounts.sign_out(uuid.UUID(current_user_id()), request.refresh_token)
+        user_id = uuid.UUID(current_user_id())
+        if request.refresh_token:
+            await self._accounts.sign_out(user_id, refresh_token=request.refresh_token)
+            return identity_pb2.SignOutResponse()
+        cookie = cookies.refresh_token(context.invocation_metadata())
+        ended = cookie != "" and await self._accounts.sign_out(user_id, refresh_token=cookie)
+        session_id = current_principal().session_id
+        # A cookie that is stale, or another account's, must not keep this one signed in.
+        if not ended and session_id is not None:
+            await self._accounts.sign_out_session(user_id, uuid.UUID(session_id))
+        if cookie:
+            await context.send_initial_metadata((cookies.forget(),))
         return identity_pb2.SignOutResponse()
 
     async def GetMe(self, request: identity_pb2.GetMeRequest, context: Context) -> identity_pb2.GetMeResponse:
@@ -80,23 +110,28 @@ class IdentityServicer(identity_pb2_grpc.IdentityServiceServicer):
         account = await self._accounts.get(uuid.UUID(current_user_id()))
         return identity_pb2.GetMeResponse(user=user_message(account))
 
-
-class IdentityAdminServicer(identity_pb2_grpc.IdentityAdminServiceServicer):
-    """See IdentityAdminService in the proto."""
-
-    def __init__(self, accounts: Accounts) -> None:
-        self._accounts = accounts
-
-    async def ListUsers(self, request: identity_pb2.ListUsersRequest, context: Context) -> identity_pb2.ListUsersResponse:
+    async def LinkIdentity(self, request: identity_pb2.LinkIdentityRequest, context: Context) -> identity_pb2.LinkIdentityResponse:
         """See the proto."""
-        page = await self._accounts.list_page(page_size=request.page_size, page_token=request.page_token, email=request.email)
-        return identity_pb2.ListUsersResponse(users=map(user_message, page.accounts), next_page_token=page.next_page_token)
+        await self._accounts.link(uuid.UUID(current_user_id()), _proof(request), client_address=_client_address())
+        return identity_pb2.LinkIdentityResponse()
 
-    async def UpdateUser(self, request: identity_pb2.UpdateUserRequest, context: Context) -> identity_pb2.UpdateUserResponse:
-        """See the proto."""
-        plan = identity_pb2.Plan.Name(request.plan) if request.HasField("plan") else None
-        account = await self._accounts.update(uuid.UUID(request.user_id), actor_id=current_user_id(), plan=plan)
-        return identity_pb2.UpdateUserResponse(user=user_message(account))
+    async def _send_metadata(self, context: Context, tokens: Tokens, *, in_cookie: bool) -> None:
+        kept = (cookies.keep(tokens.refresh_token, max_age_s=self._cookie_max_age_s),) if in_cookie else ()
+        # RFC 6749, 5.1: answers with tokens are nothing for caches.
+        await context.send_initial_metadata((("cache-control", "no-store"), *kept))
+
+
+def _client_address() -> str:
+    return current_principal().client_address
+
+
+def _proof(request: identity_pb2.SignInRequest | identity_pb2.LinkIdentityRequest) -> Proof:
+    if request.HasField("google_code"):
+        code = request.google_code
+        return Code(code=code.code, code_verifier=code.code_verifier, redirect_uri=code.redirect_uri, nonce=code.nonce)
+    if request.HasField("google_id_token"):
+        return IdToken("google_id_token", request.google_id_token)
+    return IdToken("firebase_id_token", request.firebase_id_token)
 
 
 class MembershipServicer(identity_pb2_grpc.MembershipServiceServicer):
@@ -115,5 +150,5 @@ def _member(account: Account) -> identity_pb2.Member:
     return identity_pb2.Member(
         user_id=str(account.user_id),
         plan=identity_pb2.Plan.Value(account.plan),
-        plan_start_time=_timestamp(account.plan_start_time),
+        plan_start_time=timestamp(account.plan_start_time),
     )

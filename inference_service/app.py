@@ -12,11 +12,10 @@ from inference_service.model_host import ModelHost
 from inference_service.servicer import InferenceServicer, ModelCatalogServicer
 from inference_service.settings import InferenceSettings
 from servicekit import objects, telemetry
-from servicekit.identity import KeySource, RemoteKeys, TokenVerifier
+from servicekit.doorkeeper import Doorkeeper, remote_doorkeeper
 from servicekit.objects import ObjectStore
 from servicekit.process import until_stopped
 from servicekit.server import MeshServer
-from servicekit.tls import TlsFiles
 
 SERVICE = "inference_service"
 SERVED = tuple(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values())
@@ -29,7 +28,7 @@ class Dependencies:
     catalogue: Catalogue
     host: ModelHost
     store: ObjectStore
-    keys: KeySource
+    door: Doorkeeper
 
 
 def build_host(settings: InferenceSettings, catalogue: Catalogue, first: Spawned | None = None) -> ModelHost:
@@ -49,9 +48,10 @@ def build_server(settings: InferenceSettings, deps: Dependencies) -> MeshServer:
     server = MeshServer(
         settings,
         service=SERVICE,
-        verifier=TokenVerifier(deps.keys, issuer=settings.token_issuer, audience=settings.token_audience),
-        checks={"models": deps.host.check, "store": deps.store.ping},
+        verifier=deps.door.verifier(settings),
+        checks={"models": deps.host.check, "store": deps.store.ping, "revocations": deps.door.revocations.ready},
         translate=objects.translate,
+        audit=deps.door.audit,
     )
     generation = Generation(deps.catalogue, deps.host, deps.store)
     inference_pb2_grpc.add_ModelCatalogServiceServicer_to_server(ModelCatalogServicer(deps.catalogue, deps.host), server.grpc)
@@ -64,9 +64,9 @@ async def serve(settings: InferenceSettings, catalogue: Catalogue, first: Spawne
     async with AsyncExitStack() as stack:
         stack.enter_context(telemetry.HttpServer(settings.metrics_address, {"/metrics": telemetry.metrics_page}))
         store = stack.enter_context(ObjectStore(settings))
-        keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))
+        door = await stack.enter_async_context(remote_doorkeeper(settings, service=SERVICE))
         host = build_host(settings, catalogue, first)
-        server = build_server(settings, Dependencies(catalogue, host, store, keys))
+        server = build_server(settings, Dependencies(catalogue, host, store, door))
         await stack.enter_async_context(host.running(server.draining))
         await stack.enter_async_context(server.running(*SERVED))
-        await until_stopped(stop, host.watch())
+        await until_stopped(stop, host.watch(), door.revocations.run())

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from genmesh.jobs.v1 import jobs_pb2_grpc
 from jobs_service import store
+from jobs_service.checker import Checker
 from jobs_service.dead_letters import DeadLetters
 from jobs_service.deletion import Deletions
 from jobs_service.delivery import Delivery
@@ -18,22 +19,24 @@ from jobs_service.dispatch import Dispatcher
 from jobs_service.events import EventLog
 from jobs_service.jobs import Jobs
 from jobs_service.ledger import Ledger
+from jobs_service.limits import Limits, WatchLeases
 from jobs_service.queue import JobQueue
 from jobs_service.queue_stats import queue_stats
 from jobs_service.quotes import Quotes
 from jobs_service.relay import Relay
 from jobs_service.servicer import JobsAdminServicer, JobsServicer
 from jobs_service.settings import DispatchSettings, JobsSettings, RelaySettings, ServeSettings
+from jobs_service.uploads import Uploads, UploadSweeper
 from jobs_service.watch import Hub
 from servicekit import database, objects, streams
 from servicekit.client import mesh_channel
+from servicekit.doorkeeper import Doorkeeper, remote_doorkeeper
 from servicekit.errors import MeshError
-from servicekit.identity import KeySource, RemoteKeys, TokenVerifier
+from servicekit.limits import RateLimiter
 from servicekit.objects import ObjectStore
 from servicekit.process import until_stopped
 from servicekit.server import MeshServer
 from servicekit.telemetry import HttpServer, metrics_page
-from servicekit.tls import TlsFiles
 
 SERVICE = "jobs_service"
 SCHEMA = "jobs"
@@ -47,6 +50,7 @@ class Resources:
     """What every process of jobs_service has open."""
 
     engine: AsyncEngine
+    client: "redis.Redis"
     blocking: "redis.Redis"
     queue: JobQueue
     log: EventLog
@@ -69,7 +73,7 @@ async def open_resources(settings: JobsSettings, stack: AsyncExitStack, *, role:
     log = EventLog(client, settings.redis_prefix, retention_s=settings.event_retention_s, blocking=blocking)
     ledger = Ledger(channel, timeout_s=settings.rpc_timeout_s, hold_ttl_s=settings.hold_ttl_s)
     delivery = Delivery(engine, queue, log, ledger, media.presign)
-    return Resources(engine, blocking, queue, log, ledger, delivery, media)
+    return Resources(engine, client, blocking, queue, log, ledger, delivery, media)
 
 
 def translate(error: Exception) -> MeshError | None:
@@ -77,7 +81,9 @@ def translate(error: Exception) -> MeshError | None:
     return database.translate(error) or streams.translate(error) or objects.translate(error)
 
 
-async def build_server(settings: ServeSettings, resources: Resources, hub: Hub, keys: KeySource) -> MeshServer:
+async def build_server(
+    settings: ServeSettings, resources: Resources, hub: Hub, door: Doorkeeper, limits: Limits, uploads: Uploads
+) -> MeshServer:
     """The server with JobsService registered, not yet running."""
     async with database.transaction(resources.engine) as connection:
         quotes = Quotes(await store.secret(connection, "quotes", secrets.token_bytes(32)))
@@ -91,18 +97,29 @@ async def build_server(settings: ServeSettings, resources: Resources, hub: Hub, 
         quote_ttl_s=settings.quote_ttl_s,
         hold_ttl_s=settings.hold_ttl_s,
         owner_limits=settings.owner_limits,
+        limits=limits,
     )
-    dead_letters = DeadLetters(resources.engine, resources.ledger, resources.delivery)
+    dead_letters = DeadLetters(resources.engine, resources.ledger, resources.delivery, limits)
     deletions = Deletions(resources.engine, resources.media, resources.log, resources.delivery)
     server = MeshServer(
         settings,
         service=SERVICE,
-        verifier=TokenVerifier(keys, issuer=settings.token_issuer, audience=settings.token_audience),
+        verifier=door.verifier(settings),
         # Redis is missed, but not needed to accept a job: its absence does not take the service down.
-        checks={"database": lambda: database.ping(resources.engine)},
+        checks={"database": lambda: database.ping(resources.engine), "revocations": door.revocations.ready},
         translate=translate,
+        audit=door.audit,
     )
-    servicer = JobsServicer(jobs, dead_letters, deletions, hub, resources.log, checkpoint_interval_s=settings.checkpoint_interval_s)
+    servicer = JobsServicer(
+        jobs,
+        dead_letters,
+        deletions,
+        hub,
+        resources.log,
+        limits=limits,
+        checkpoint_interval_s=settings.checkpoint_interval_s,
+        uploads=uploads,
+    )
     jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server.grpc)
     admin = JobsAdminServicer(dead_letters, queue_stats(resources.engine))
     jobs_pb2_grpc.add_JobsAdminServiceServicer_to_server(admin, server.grpc)
@@ -115,8 +132,13 @@ async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
         stack.enter_context(HttpServer(settings.metrics_address, {"/metrics": metrics_page}))
         resources = await open_resources(settings, stack, role="serve")
         hub = Hub(resources.log)
-        keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, SERVICE))
-        server = await build_server(settings, resources, hub, keys)
+        door = await stack.enter_async_context(remote_doorkeeper(settings, service=SERVICE))
+        leases = WatchLeases(resources.client, settings.redis_prefix)
+        rates = RateLimiter(settings)
+        stack.push_async_callback(rates.aclose)
+        uploads = Uploads(resources.engine, resources.media, Checker(settings.media_limits), settings.upload_limits)
+        stack.push_async_callback(uploads.close)
+        server = await build_server(settings, resources, hub, door, Limits(settings.plan_limits, rates, leases), uploads)
 
         async def drain() -> None:
             await server.draining.wait()
@@ -124,7 +146,7 @@ async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
 
         stack.callback(asyncio.create_task(drain(), name="drain").cancel)
         async with server.running(*GRPC_SERVICES):
-            await until_stopped(stop, hub.run())
+            await until_stopped(stop, hub.run(), door.revocations.run(), leases.run())
 
 
 async def dispatch(settings: DispatchSettings, stop: asyncio.Event) -> None:
@@ -183,5 +205,6 @@ async def relay(settings: RelaySettings, stop: asyncio.Event) -> None:
             job_retention_s=settings.job_retention_days * DAY_S,
             orphan_media_s=settings.orphan_media_hours * HOUR_S,
         )
-        rounds = (worker.outbox, worker.sweep, worker.positions, worker.measure, worker.deletions, worker.retention)
+        sweeper = UploadSweeper(resources.engine, resources.media, orphan_s=settings.orphan_media_hours * HOUR_S)
+        rounds = (worker.outbox, worker.sweep, worker.positions, worker.measure, worker.deletions, worker.retention, sweeper.run)
         await until_stopped(stop, *(forever() for forever in rounds))

@@ -13,6 +13,7 @@ from jobs_service import store
 from jobs_service.delivery import FALLBACK_S, Delivery
 from jobs_service.ledger import Ledger
 from jobs_service.lifecycle import Job, State
+from jobs_service.limits import Limits
 from jobs_service.store import DeadLetter, Duty
 from servicekit.database import reading, transaction
 from servicekit.errors import MeshError, Reason, not_found, precondition, unavailable
@@ -34,18 +35,22 @@ class Requeued:
 class DeadLetters:
     """Failed jobs, over store, ledger and queue."""
 
-    def __init__(self, engine: AsyncEngine, ledger: Ledger, delivery: Delivery) -> None:
+    def __init__(self, engine: AsyncEngine, ledger: Ledger, delivery: Delivery, limits: Limits) -> None:
         self._engine = engine
         self._ledger = ledger
         self._delivery = delivery
+        self._limits = limits
 
-    async def retry(self, job_id: uuid.UUID, owner_id: uuid.UUID | None = None, api_key_id: uuid.UUID | None = None) -> Job:
+    async def retry(self, job_id: uuid.UUID, owner_id: uuid.UUID | None = None, api_key_id: uuid.UUID | None = None, plan: str = "") -> Job:
         """Put a failed job back into the queue under a new hold; with `owner_id`, only if it is theirs, and under the key they used.
 
         As a submit does, it notes what it is about to do, holds, then commits: a repeat goes on from the note, and a note that
         leads nowhere is found by the relay, which releases the hold. A job that was retried and has not ended since is the answer
-        to a repeat. Raises NOT_FOUND, JOB_NOT_FAILED, what credit_service refuses, UNAVAILABLE.
+        to a repeat. An owner's retry counts as a submit does, under the limits of `plan`; an administrator's does not. Raises
+        NOT_FOUND, JOB_NOT_FAILED, LIMIT_REACHED, what credit_service refuses, UNAVAILABLE.
         """
+        if owner_id is not None and await self._is_new(job_id, owner_id):
+            await self._limits.count_submits(owner_id, plan)
         async with transaction(self._engine) as connection:
             # Locked: a note must not come after somebody else's retry of the same failure, whose job may be running by then.
             job = await store.get_job(connection, job_id, owner_id, locked=True)
@@ -62,7 +67,11 @@ class DeadLetters:
             # their own. A repeat keeps the noted key, whoever sends it: the hold may be there already, and has no other.
             key = job.api_key_id if owner_id is None else api_key_id
             # A new one every time: a hold that was released once is of no use again.
-            noted = await store.add_retry(connection, job_id, uuid.uuid5(job_id, uuid.uuid4().hex), api_key_id=key)
+            reservation_id = uuid.uuid5(job_id, uuid.uuid4().hex)
+            noted = await store.add_retry(connection, job_id, reservation_id, api_key_id=key)
+            if owner_id is not None and noted is not None and noted.reservation_id == reservation_id:
+                # Refused, the note goes with the transaction.
+                self._limits.check_open(plan, await store.open_work(connection, owner_id))
         if noted is None:
             raise unavailable("the same retry is being refused right now; try again", 0.1)
         await self._delivery.fulfil(job, Duty.SETTLE)
@@ -86,6 +95,12 @@ class DeadLetters:
         await self._delivery.now(*committed)
         _log.info("job.retried", job_id=str(job_id), retry_count=committed[0].retry_count)
         return committed[0]
+
+    async def _is_new(self, job_id: uuid.UUID, owner_id: uuid.UUID) -> bool:
+        """Whether to retry this job would be a retry, and no repeat of one."""
+        async with reading(self._engine) as connection:
+            job = await store.get_job(connection, job_id, owner_id)
+            return job is not None and job.state is State.FAILED and not await store.retry_noted(connection, job_id)
 
     async def page(
         self, *, limit: int, before: tuple[datetime, uuid.UUID] | None, fingerprint: str, reason: str

@@ -6,8 +6,8 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -24,11 +24,12 @@ from jobs_service.delivery import FALLBACK_S, Delivery
 from jobs_service.events import EventLog
 from jobs_service.ledger import Ledger
 from jobs_service.lifecycle import Job, Priority, State
+from jobs_service.limits import Limits
 from jobs_service.messages import Circumstances, Presign, job_message, waiting
 from jobs_service.offers import Forecast, Offers
 from jobs_service.quotes import Quote, Quotes
 from jobs_service.watch import WatchRequest
-from servicekit.database import reading, transaction
+from servicekit.database import autocommit, reading, transaction
 from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unavailable
 
 SNAPSHOTS_MAX = 500
@@ -76,6 +77,7 @@ class Jobs:
         quote_ttl_s: int,
         hold_ttl_s: int,
         owner_limits: Mapping[Priority, int],
+        limits: Limits,
     ) -> None:
         self._engine = engine
         self._log = log
@@ -86,12 +88,14 @@ class Jobs:
         self._quote_ttl_s = quote_ttl_s
         self._start_within = timedelta(seconds=hold_ttl_s * START_WITHIN)
         self._owner_limits = owner_limits
+        self._limits = limits
         self.offers = Offers(engine)
 
     # --- submitting -------------------------------------------------------------------------------------------------
 
     async def estimate(self, owner_id: uuid.UUID, plan: str, spec: jobs_pb2.JobSpec) -> Estimate:
-        """Price a spec and guess its time. Holds nothing."""
+        """Price a spec and guess its time. Holds nothing. Raises LIMIT_REACHED."""
+        await self._limits.count_estimate(owner_id, plan)
         await self.offers.refresh()
         priced = pricing.resolve(spec, self.offers.models)
         model, priority = priced.model, Priority.of_plan(plan)
@@ -108,9 +112,10 @@ class Jobs:
 
         The note comes first, so that a repeat of the request, whatever happened to the first, continues with the same job
         id and API key (and so the same hold); a note that never becomes a job is found by the relay, which releases the hold.
+        What the owner may have open counts notes too, so it is refused (LIMIT_REACHED) before anything is held.
         """
         await self.offers.refresh()
-        noted = await self._note(owner_id, plan, request, api_key_id)
+        (noted,) = await self._note(owner_id, plan, [request], api_key_id)
         if noted.committed:
             return await self.get(owner_id, noted.job.job_id)
         job = noted.job
@@ -128,18 +133,8 @@ class Jobs:
     ) -> list[jobs_pb2.Job]:
         """Accept all of the jobs or none of them; each as `create` does."""
         await self.offers.refresh()
-        # Everything that can be refused is, before anything is noted or held. What was noted before is no longer up for that.
-        async with reading(self._engine) as connection:
-            known = [await store.find_request(connection, owner_id, uuid.UUID(request.request_id)) for request in requests]
-        for index, request in enumerate(requests):
-            if known[index] is None:
-                with _within(f"requests[{index}]"):
-                    self._intend(owner_id, plan, request, api_key_id)
-        noted: list[Noted] = []
+        noted = await self._note(owner_id, plan, requests, api_key_id, within=lambda index: _within(f"requests[{index}]"))
         try:
-            for index, request in enumerate(requests):
-                with _within(f"requests[{index}]"):
-                    noted.append(await self._note(owner_id, plan, request, api_key_id))
             await self._reserve_all([one.job for one in noted if not one.committed])
         except MeshError as refusal:
             if refusal.reason != Reason.ERROR_REASON_UNAVAILABLE:  # else a repeat may go on from here, or the relay undoes it
@@ -148,26 +143,70 @@ class Jobs:
         fresh = iter(await self._commit([one for one in noted if not one.committed]))
         return [await self.get(owner_id, one.job.job_id) if one.committed else next(fresh) for one in noted]
 
-    async def _note(self, owner_id: uuid.UUID, plan: str, request: jobs_pb2.CreateJobRequest, api_key_id: uuid.UUID | None) -> Noted:
-        request_id = uuid.UUID(request.request_id)
-        digest = hashlib.sha256(_without_id(request).SerializeToString(deterministic=True)).digest()
-        async with transaction(self._engine) as connection:
-            known = await store.find_request(connection, owner_id, request_id)
-            if known is None:
-                job = self._intend(owner_id, plan, request, api_key_id)
-                if await store.add_request(connection, owner_id, request_id, digest=digest, job_id=job.job_id, intent=_encode_intent(job)):
-                    return Noted(request_id, job, committed=False)
-                known = await store.find_request(connection, owner_id, request_id)  # somebody else noted it in this moment
-                if known is None:
-                    raise unavailable("the same request is being refused right now; try again", 0.1)
-            if known.digest != digest:
-                raise MeshError(
-                    grpc.StatusCode.ALREADY_EXISTS,
-                    Reason.ERROR_REASON_REQUEST_ID_REUSED,
-                    "this request_id was used before with other content: a new job needs a new request_id",
+    async def _note(
+        self,
+        owner_id: uuid.UUID,
+        plan: str,
+        requests: Sequence[jobs_pb2.CreateJobRequest],
+        api_key_id: uuid.UUID | None,
+        *,
+        within: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext(),
+    ) -> list[Noted]:
+        """Note all of the requests or none. Everything that can be refused is, before anything is noted; what was noted before is no
+        longer up for that, nor counted again. `within` says where the refusal of a request belongs."""
+        digests = [hashlib.sha256(_without_id(request).SerializeToString(deterministic=True)).digest() for request in requests]
+        ids = [uuid.UUID(request.request_id) for request in requests]
+        async with reading(self._engine) as connection:
+            known = await store.find_requests(connection, owner_id, ids)
+        noted: dict[int, Noted] = {}
+        fresh: dict[int, Job] = {}
+        for index, request in enumerate(requests):
+            with within(index):
+                if ids[index] in known:
+                    noted[index] = await self._known(owner_id, ids[index], known[ids[index]], digests[index])
+                else:
+                    fresh[index] = self._intend(owner_id, plan, request, api_key_id)
+        if fresh:
+            await self._limits.count_submits(owner_id, plan, len(fresh))
+            notes = [
+                store.Note(ids[index], digests[index], job.job_id, _encode_intent(job), job.estimated_cost) for index, job in fresh.items()
+            ]
+            limits = self._limits.of(plan)
+            async with autocommit(self._engine) as connection:
+                noting = await store.note_requests(
+                    connection, owner_id, notes, jobs_max=limits.open_jobs, cost_max=limits.queued_millicredits
                 )
-            if known.intent is not None:
-                return Noted(request_id, _decode_intent(known.intent, known.job_id, owner_id), committed=False)
+            if noting.noted is None:
+                self._limits.check_open(plan, noting.work)
+            assert noting.noted is not None
+            noted |= {index: Noted(ids[index], job, committed=False) for index, job in fresh.items() if ids[index] in noting.noted}
+            try:
+                for index in fresh.keys() - noted.keys():
+                    with within(index):
+                        noted[index] = await self._noted_elsewhere(owner_id, ids[index], digests[index])
+            except MeshError:
+                await self._undo([one for index, one in noted.items() if ids[index] in noting.noted])
+                raise
+        return [noted[index] for index in range(len(requests))]
+
+    async def _noted_elsewhere(self, owner_id: uuid.UUID, request_id: uuid.UUID, digest: bytes) -> Noted:
+        """The request that another call noted in this moment."""
+        async with reading(self._engine) as connection:
+            known = await store.find_requests(connection, owner_id, [request_id])
+        if not known:
+            raise unavailable("the same request is being refused right now; try again", 0.1)
+        return await self._known(owner_id, request_id, known[request_id], digest)
+
+    async def _known(self, owner_id: uuid.UUID, request_id: uuid.UUID, known: store.Request, digest: bytes) -> Noted:
+        if known.digest != digest:
+            raise MeshError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                Reason.ERROR_REASON_REQUEST_ID_REUSED,
+                "this request_id was used before with other content: a new job needs a new request_id",
+            )
+        if known.intent is not None:
+            return Noted(request_id, _decode_intent(known.intent, known.job_id, owner_id), committed=False)
+        async with reading(self._engine) as connection:
             job = await store.get_job(connection, known.job_id, owner_id)
         if job is None:
             raise not_found("job")  # it was deleted since

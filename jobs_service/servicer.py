@@ -12,8 +12,11 @@ from jobs_service.dead_letters import DeadLetters
 from jobs_service.deletion import Deletions
 from jobs_service.events import EventLog
 from jobs_service.jobs import Jobs
+from jobs_service.limits import Limits
 from jobs_service.messages import dead_letter_message, timestamp
 from jobs_service.queue_stats import QueueStats
+from jobs_service.uploads import Uploads
+from jobs_service.uploads_servicer import UploadsServicer
 from jobs_service.watch import Hub, WatchRequest, WatchStream
 from servicekit import paging
 from servicekit.identity import current_principal, current_user_id
@@ -25,17 +28,28 @@ EPOCH = datetime.fromtimestamp(0, UTC)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
+class JobsServicer(UploadsServicer):
     """Jobs of the signed-in user."""
 
     def __init__(
-        self, jobs: Jobs, dead_letters: DeadLetters, deletions: Deletions, hub: Hub, log: EventLog, *, checkpoint_interval_s: float
+        self,
+        jobs: Jobs,
+        dead_letters: DeadLetters,
+        deletions: Deletions,
+        hub: Hub,
+        log: EventLog,
+        *,
+        limits: Limits,
+        checkpoint_interval_s: float,
+        uploads: Uploads | None = None,
     ) -> None:
+        super().__init__(uploads)
         self._jobs = jobs
         self._dead_letters = dead_letters
         self._deletions = deletions
         self._hub = hub
         self._log = log
+        self._limits = limits
         self._checkpoint_interval_s = checkpoint_interval_s
 
     async def EstimateJob(self, request: jobs_pb2.EstimateJobRequest, context: Context) -> jobs_pb2.EstimateJobResponse:
@@ -83,7 +97,7 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
 
     async def RetryJob(self, request: jobs_pb2.RetryJobRequest, context: Context) -> jobs_pb2.RetryJobResponse:
         """See the proto."""
-        job = await self._dead_letters.retry(uuid.UUID(request.job_id), _owner(), _api_key_id())
+        job = await self._dead_letters.retry(uuid.UUID(request.job_id), _owner(), _api_key_id(), current_principal().plan)
         return jobs_pb2.RetryJobResponse(job=await self._jobs.get(_owner(), job.job_id))
 
     async def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: Context) -> jobs_pb2.DeleteJobResponse:
@@ -107,9 +121,9 @@ class JobsServicer(jobs_pb2_grpc.JobsServiceServicer):
             owner_id=_owner(),
             job_ids=tuple(str(uuid.UUID(job_id)) for job_id in request.job_ids),
             resume_token=request.resume_token,
-            expire_time=current_principal().expire_time,
+            caller=current_principal(),
         )
-        return stream.run(watch)
+        return stream.run(watch, self._limits.watching(watch.owner_id, watch.caller.plan))
 
 
 class JobsAdminServicer(jobs_pb2_grpc.JobsAdminServiceServicer):

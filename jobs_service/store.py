@@ -6,7 +6,7 @@ nothing when somebody else was first. Only the database's clock is used.
 
 import enum
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from jobs_service.lifecycle import Failure, Job, Priority, State, cost_of, sources
-from jobs_service.tables import deletions, jobs, models, outbox, requests, retries, secrets, workers
+from jobs_service.tables import deletions, jobs, models, outbox, requests, retries, secrets, uploads, workers
 
 POSITION_MAX = 10_000
 """Places are counted up to here; counting further would cost more than it tells."""
@@ -73,31 +73,81 @@ async def _all(connection: AsyncConnection, query: sa.Executable) -> list[Job]:
 # --- submitting -------------------------------------------------------------------------------------------------------
 
 
-async def find_request(connection: AsyncConnection, owner_id: uuid.UUID, request_id: uuid.UUID) -> Request | None:
-    """The submit request with this id, or None."""
+async def find_requests(connection: AsyncConnection, owner_id: uuid.UUID, request_ids: Iterable[uuid.UUID]) -> dict[uuid.UUID, Request]:
+    """Those of the submit requests with these ids that are known."""
+    columns = (requests.c.request_id, requests.c.digest, requests.c.job_id, requests.c.intent, requests.c.abandoned)
+    query = sa.select(*columns).where(requests.c.owner_id == owner_id, requests.c.request_id.in_(request_ids))
+    return {row.request_id: Request(*row[1:]) for row in await connection.execute(query)}
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A submit request that is about to become a job."""
+
+    request_id: uuid.UUID
+    digest: bytes
+    job_id: uuid.UUID
+    intent: bytes
+    cost: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWork:
+    """What an owner has open: jobs that wait or run, submits and retries that may become such."""
+
+    jobs: int
+    cost_millicredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Noting:
+    """What became of notes."""
+
+    noted: frozenset[uuid.UUID] | None
+    """The requests that were new; None: a limit is in the way, nothing was noted."""
+    work: OpenWork
+    """What the owner has open with the new ones, noted or not; zeros where there was no limit."""
+
+
+_NOTE_REQUESTS = sa.text(
+    "SELECT * FROM jobs.note_requests(:owner_id, :request_ids, :digests, :job_ids, :intents, :costs, :jobs_max, :cost_max)"
+).bindparams(
+    sa.bindparam("request_ids", type_=pg.ARRAY(pg.UUID(as_uuid=True))),
+    sa.bindparam("digests", type_=pg.ARRAY(pg.BYTEA)),
+    sa.bindparam("job_ids", type_=pg.ARRAY(pg.UUID(as_uuid=True))),
+    sa.bindparam("intents", type_=pg.ARRAY(pg.BYTEA)),
+    sa.bindparam("costs", type_=pg.ARRAY(sa.BigInteger)),
+)
+
+
+async def note_requests(
+    connection: AsyncConnection, owner_id: uuid.UUID, notes: Sequence[Note], *, jobs_max: int = 0, cost_max: int = 0
+) -> Noting:
+    """Note that jobs are about to be submitted, all of the new ones or none: not when the owner would then have more open than `jobs_max`
+    jobs, or for more than `cost_max` (0: no limit). Decided for one call of an owner after the other, so never exceeded.
+    """
     row = (
         await connection.execute(
-            sa.select(requests.c.digest, requests.c.job_id, requests.c.intent, requests.c.abandoned).where(
-                requests.c.owner_id == owner_id, requests.c.request_id == request_id
-            )
+            _NOTE_REQUESTS,
+            {
+                "owner_id": owner_id,
+                "request_ids": [note.request_id for note in notes],
+                "digests": [note.digest for note in notes],
+                "job_ids": [note.job_id for note in notes],
+                "intents": [note.intent for note in notes],
+                "costs": [note.cost for note in notes],
+                "jobs_max": jobs_max,
+                "cost_max": cost_max,
+            },
         )
-    ).one_or_none()
-    return None if row is None else Request(*row)
+    ).one()
+    return Noting(None if row.noted is None else frozenset(row.noted), OpenWork(row.open_jobs, row.open_cost))
 
 
-async def add_request(
-    connection: AsyncConnection, owner_id: uuid.UUID, request_id: uuid.UUID, *, digest: bytes, job_id: uuid.UUID, intent: bytes
-) -> bool:
-    """Note that a job is about to be submitted; False when the request is there already."""
-    # Losing this row in a crash of PostgreSQL loses nothing but a hold, which expires: no need to wait for the disk.
-    await connection.execute(sa.text("SET LOCAL synchronous_commit = off"))
-    result = await connection.execute(
-        pg.insert(requests)
-        .values(owner_id=owner_id, request_id=request_id, digest=digest, job_id=job_id, intent=intent)
-        .on_conflict_do_nothing()
-        .returning(requests.c.job_id)
-    )
-    return result.one_or_none() is not None
+async def open_work(connection: AsyncConnection, owner_id: uuid.UUID) -> OpenWork:
+    """What an owner has open. It grows no more, but for what this transaction adds and administrators retry, before that has ended."""
+    row = (await connection.execute(sa.text("SELECT * FROM jobs.open_work(:owner_id)"), {"owner_id": owner_id})).one()
+    return OpenWork(row.open_jobs, row.open_cost)
 
 
 async def delete_request(connection: AsyncConnection, owner_id: uuid.UUID, request_id: uuid.UUID, job_id: uuid.UUID) -> None:
@@ -550,6 +600,11 @@ async def add_retry(
     return None if row is None else Retry(*row)
 
 
+async def retry_noted(connection: AsyncConnection, job_id: uuid.UUID) -> bool:
+    """Whether a retry of the job is under way."""
+    return bool((await connection.execute(sa.select(sa.exists().where(retries.c.job_id == job_id)))).scalar_one())
+
+
 async def delete_retry(connection: AsyncConnection, job_id: uuid.UUID, reservation_id: uuid.UUID) -> None:
     """Forget a retry that was refused or undone."""
     await connection.execute(sa.delete(retries).where(retries.c.job_id == job_id, retries.c.reservation_id == reservation_id))
@@ -666,6 +721,207 @@ async def media_owners(connection: AsyncConnection, job_ids: Sequence[uuid.UUID]
     """Those of the jobs that exist, for telling orphaned media from others; `hold` keeps them as they are until the transaction ends."""
     query = sa.select(jobs).where(jobs.c.job_id.in_(job_ids))
     return {job.job_id: job for job in await _all(connection, query.with_for_update(read=True) if hold else query)}
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------------
+
+
+class UploadState(enum.IntEnum):
+    """Where an upload stands; values as in the proto."""
+
+    PENDING = 1
+    COMPLETE = 2
+    REJECTED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file that a user brings."""
+
+    upload_id: uuid.UUID
+    owner_id: uuid.UUID
+    state: UploadState
+    content_type: str
+    size_bytes: int
+    arrival_key: str | None
+    object_key: str | None
+    width: int
+    height: int
+    duration_ms: int
+    sha256: bytes | None
+    rejection: str | None
+    create_time: datetime
+    expire_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class UploadUsage:
+    """What an owner has of uploads: how much, and in how many seconds it gets less."""
+
+    incomplete: int
+    incomplete_less_s: float
+    urls: int
+    """URLs that can be written to."""
+    urls_less_s: float
+    stored_bytes: int
+    stored_less_s: float
+
+
+_upload_columns = (
+    uploads.c.upload_id,
+    uploads.c.owner_id,
+    uploads.c.state,
+    uploads.c.content_type,
+    uploads.c.size_bytes,
+    uploads.c.arrival_key,
+    uploads.c.object_key,
+    uploads.c.width,
+    uploads.c.height,
+    uploads.c.duration_ms,
+    uploads.c.sha256,
+    uploads.c.rejection,
+    uploads.c.create_time,
+    uploads.c.expire_time,
+)
+
+
+async def _upload(connection: AsyncConnection, query: sa.Executable) -> Upload | None:
+    row = (await connection.execute(query)).mappings().one_or_none()
+    return None if row is None else _upload_of(row)
+
+
+def _upload_of(row: Mapping[Any, Any]) -> Upload:
+    values = dict(row)
+    values["state"] = UploadState(values["state"])
+    return Upload(**values)
+
+
+async def upload_usage(connection: AsyncConnection, owner_id: uuid.UUID) -> UploadUsage:
+    """What the owner has now. Until the transaction ends nobody else gets an answer for this owner: it is for deciding about one more."""
+    await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"uploads.{owner_id}", 0))))
+    now = sa.func.now()
+
+    def less_s(moment: sa.Column[datetime], counted: sa.ColumnElement[bool]) -> sa.ColumnElement[Any]:
+        return sa.func.coalesce(sa.func.extract("epoch", sa.func.min(moment).filter(counted) - now), 0)
+
+    incomplete, live, kept = (
+        uploads.c.state == UploadState.PENDING,
+        uploads.c.url_expire_time > now,
+        uploads.c.state != UploadState.REJECTED,
+    )
+    row = (
+        await connection.execute(
+            sa.select(
+                sa.func.count().filter(incomplete),
+                less_s(uploads.c.expire_time, incomplete),
+                sa.func.count().filter(live),
+                less_s(uploads.c.url_expire_time, live),
+                sa.func.coalesce(sa.func.sum(uploads.c.size_bytes).filter(kept), 0),
+                less_s(uploads.c.expire_time, kept),
+            ).where(uploads.c.owner_id == owner_id, uploads.c.expire_time > now)
+        )
+    ).one()
+    return UploadUsage(row[0], float(row[1]), row[2], float(row[3]), int(row[4]), float(row[5]))
+
+
+async def add_upload(
+    connection: AsyncConnection,
+    upload_id: uuid.UUID,
+    owner_id: uuid.UUID,
+    *,
+    content_type: str,
+    size_bytes: int,
+    arrival_key: str,
+    url_ttl_s: float,
+    ttl_s: float,
+) -> None:
+    """Note an upload that is announced."""
+    await connection.execute(
+        sa.insert(uploads).values(
+            upload_id=upload_id,
+            owner_id=owner_id,
+            state=UploadState.PENDING,
+            content_type=content_type,
+            size_bytes=size_bytes,
+            arrival_key=arrival_key,
+            url_expire_time=sa.func.now() + timedelta(seconds=url_ttl_s),
+            expire_time=sa.func.now() + timedelta(seconds=ttl_s),
+        )
+    )
+
+
+async def get_upload(connection: AsyncConnection, upload_id: uuid.UUID, owner_id: uuid.UUID) -> Upload | None:
+    """An upload of the owner that has not expired."""
+    mine = (uploads.c.upload_id == upload_id) & (uploads.c.owner_id == owner_id)
+    return await _upload(connection, sa.select(*_upload_columns).where(mine, uploads.c.expire_time > sa.func.now()))
+
+
+async def claim_upload(connection: AsyncConnection, upload_id: uuid.UUID, check_id: uuid.UUID, *, lease_s: float) -> Upload | None:
+    """Begin a check that ends within the lease. None: another one is under way, or the upload is not pending for that long any more."""
+    end = sa.func.now() + timedelta(seconds=lease_s)
+    free = sa.or_(uploads.c.check_end_time.is_(None), uploads.c.check_end_time <= sa.func.now())
+    return await _upload(
+        connection,
+        sa.update(uploads)
+        .where(uploads.c.upload_id == upload_id, uploads.c.state == UploadState.PENDING, free, uploads.c.expire_time > end)
+        .values(check_id=check_id, check_end_time=end)
+        .returning(*_upload_columns),
+    )
+
+
+async def release_upload(connection: AsyncConnection, upload_id: uuid.UUID, check_id: uuid.UUID) -> None:
+    """End a check that came to no verdict."""
+    mine = (uploads.c.upload_id == upload_id) & (uploads.c.check_id == check_id)
+    await connection.execute(sa.update(uploads).where(mine).values(check_id=None, check_end_time=None))
+
+
+async def end_upload(
+    connection: AsyncConnection, upload_id: uuid.UUID, check_id: uuid.UUID, state: UploadState, *, ttl_s: float, **values: object
+) -> Upload | None:
+    """pending → complete or rejected, by the check that has the claim. None: it has it no longer."""
+    mine = (uploads.c.upload_id == upload_id) & (uploads.c.check_id == check_id) & (uploads.c.check_end_time > sa.func.now())
+    return await _upload(
+        connection,
+        sa.update(uploads)
+        .where(mine, uploads.c.state == UploadState.PENDING)
+        .values(state=state, check_id=None, check_end_time=None, expire_time=sa.func.now() + timedelta(seconds=ttl_s), **values)
+        .returning(*_upload_columns),
+    )
+
+
+async def expired_uploads(connection: AsyncConnection, *, limit: int) -> list[Upload]:
+    """Uploads that are kept no longer, the oldest first. None of them can change any more."""
+    query = sa.select(*_upload_columns).where(uploads.c.expire_time < sa.func.now()).order_by(uploads.c.expire_time).limit(limit)
+    return [_upload_of(row) for row in (await connection.execute(query)).mappings()]
+
+
+async def delete_upload(connection: AsyncConnection, upload_id: uuid.UUID) -> None:
+    """Forget an upload."""
+    await connection.execute(sa.delete(uploads).where(uploads.c.upload_id == upload_id))
+
+
+async def dead_arrivals(connection: AsyncConnection, *, older_than_s: float, limit: int) -> list[tuple[uuid.UUID, str]]:
+    """(upload, arrival key) of checked uploads whose URL stopped working that long ago."""
+    dead = uploads.c.url_expire_time < sa.func.now() - timedelta(seconds=older_than_s)
+    result = await connection.execute(
+        sa.select(uploads.c.upload_id, uploads.c.arrival_key)
+        .where(uploads.c.state != UploadState.PENDING, uploads.c.arrival_key.is_not(None), dead)
+        .order_by(uploads.c.url_expire_time)
+        .limit(limit)
+    )
+    return [(row.upload_id, row.arrival_key) for row in result]
+
+
+async def arrivals_cleared(connection: AsyncConnection, upload_ids: Sequence[uuid.UUID]) -> None:
+    """Nothing is left where the URLs of these uploads wrote."""
+    await connection.execute(sa.update(uploads).where(uploads.c.upload_id.in_(upload_ids)).values(arrival_key=None))
+
+
+async def known_upload_keys(connection: AsyncConnection, keys: Sequence[str]) -> set[str]:
+    """Those of the object keys that an upload has."""
+    arrival = sa.select(uploads.c.arrival_key).where(uploads.c.arrival_key.in_(keys))
+    checked = sa.select(uploads.c.object_key).where(uploads.c.object_key.in_(keys))
+    return set((await connection.execute(sa.union_all(arrival, checked))).scalars())
 
 
 # --- outbox -----------------------------------------------------------------------------------------------------------

@@ -76,6 +76,30 @@ deletions = sa.Table(
     sa.Column("delete_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
 )
 
+# A file that a user brings. `arrival_key` is where its URL writes, until that is known to be empty for good; `object_key` is the file
+# that was checked, where no URL writes.
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("upload_id", pg.UUID(as_uuid=True), primary_key=True),
+    sa.Column("owner_id", pg.UUID(as_uuid=True), nullable=False),
+    sa.Column("state", sa.SmallInteger, nullable=False),
+    sa.Column("content_type", sa.Text, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("arrival_key", sa.Text),
+    sa.Column("object_key", sa.Text),
+    sa.Column("width", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("height", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("duration_ms", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("sha256", sa.LargeBinary),
+    sa.Column("rejection", sa.Text),
+    sa.Column("check_id", pg.UUID(as_uuid=True)),
+    sa.Column("check_end_time", sa.DateTime(timezone=True)),
+    sa.Column("url_expire_time", sa.DateTime(timezone=True), nullable=False),
+    sa.Column("create_time", sa.DateTime(timezone=True), nullable=False, server_default=_now),
+    sa.Column("expire_time", sa.DateTime(timezone=True), nullable=False),
+)
+
 outbox = sa.Table(
     "outbox",
     metadata,

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -22,7 +22,7 @@ from genmesh.jobs.v1 import jobs_pb2
 from jobs_service.events import START, EventLog, Position, StoredEvent, Token, owner_tag, shard_of
 from jobs_service.lifecycle import Job
 from servicekit.errors import MeshError, unavailable
-from servicekit.identity import check_token_lives
+from servicekit.identity import Principal
 from servicekit.streams import BLOCK_MS
 
 READ_COUNT = 512
@@ -276,8 +276,8 @@ class WatchRequest:
     job_ids: tuple[str, ...]
     """Empty: all of the owner's."""
     resume_token: str
-    expire_time: float | None
-    """When the caller's access token ends (Unix time), and the watch with it."""
+    caller: Principal
+    """When the caller's access token ends, so does the watch."""
     ended_since: datetime | None = None
     """Watching everything, with a token that is too old to replay from: jobs that ended since then are told too."""
 
@@ -306,37 +306,39 @@ class WatchStream:
         """Jobs of which the stream remembers something."""
         return self._versions.keys() | self._open
 
-    async def run(self, request: WatchRequest) -> AsyncGenerator[bytes, None]:
+    async def run(self, request: WatchRequest, admission: AbstractAsyncContextManager[None] | None = None) -> AsyncGenerator[bytes, None]:
         """Serialised WatchJobsResponses until every job asked for has ended (never, when all are watched).
 
-        Whether they have is looked at after the replay, not at each end on the way: a job that failed may have been retried since.
+        `admission` is held meanwhile, and may refuse the watch. Whether all jobs have ended is looked at after the replay, not at each
+        end on the way: a job that failed may have been retried since.
         """
         shard = shard_of(request.owner_id)
         token = Token.decode(request.resume_token, owner_id=request.owner_id) if request.resume_token else None
         self._open = set(request.job_ids)
-        # What was published before the snapshots are read lies before their token: resuming there does not repeat it.
-        await self._hub.reach(shard, START if token else await self._log.end(shard))
-        with self._hub.watching(request.owner_id, request.job_ids) as watcher:
-            here = self._hub.token(request.owner_id)
-            honoured = token is not None and self._log.honours(token, here.epoch)
-            if token is not None and not honoured:
-                request = replace(request, ended_since=token.time - ANNOUNCED_WITHIN)
-            known = await self._snapshots(request)
-            if token is not None and honoured:
-                async with aclosing(self._replay(shard, token, here.position, watcher, known)) as messages:
-                    async for data in messages:
+        async with admission or nullcontext():
+            # What was published before the snapshots are read lies before their token: resuming there does not repeat it.
+            await self._hub.reach(shard, START if token else await self._log.end(shard))
+            with self._hub.watching(request.owner_id, request.job_ids) as watcher:
+                here = self._hub.token(request.owner_id)
+                honoured = token is not None and self._log.honours(token, here.epoch)
+                if token is not None and not honoured:
+                    request = replace(request, ended_since=token.time - ANNOUNCED_WITHIN)
+                known = await self._snapshots(request)
+                if token is not None and honoured:
+                    async with aclosing(self._replay(shard, token, here.position, watcher, known)) as messages:
+                        async for data in messages:
+                            yield data
+                else:
+                    for data in self._begin(here, known):
                         yield data
-            else:
-                for data in self._begin(here, known):
-                    yield data
-            last_sent = time.monotonic()
-            while self._open or not request.job_ids:
-                # A batch at a time, and no generator within this one: a fan-out feels every step that a message takes.
-                batch = await self._next(request, watcher, last_sent)
-                for data in batch:
-                    yield data
-                if batch:
-                    last_sent = time.monotonic()
+                last_sent = time.monotonic()
+                while self._open or not request.job_ids:
+                    # A batch at a time, and no generator within this one: a fan-out feels every step that a message takes.
+                    batch = await self._next(request, watcher, last_sent)
+                    for data in batch:
+                        yield data
+                    if batch:
+                        last_sent = time.monotonic()
 
     def _begin(self, here: Token, known: list[tuple[Job, jobs_pb2.Job]]) -> list[bytes]:
         # The snapshots were read after `here` was taken: whoever resumes there misses nothing that they lack.
@@ -394,8 +396,8 @@ class WatchStream:
                 here = self._hub.token(request.owner_id)
                 return [_checkpoint(replace(here, position=max(self._after, here.position)).encode())]
             timeout_s = self._checkpoint_interval_s - silence_s
-            if request.expire_time is not None:
-                timeout_s = min(timeout_s, max(0.0, request.expire_time - time.time()))
+            if request.caller.expire_time is not None:
+                timeout_s = min(timeout_s, max(0.0, request.caller.expire_time - time.time()))
             await watcher.wait(timeout_s)
 
     def _events(self, request: WatchRequest, watcher: Watcher) -> list[bytes]:
@@ -439,7 +441,7 @@ class WatchStream:
     def _check_alive(self, request: WatchRequest) -> None:
         if self._hub.draining:
             raise unavailable("this server is going away; resume the watch", 0.1)
-        check_token_lives(request.expire_time)
+        request.caller.check_alive()
 
     def _accept(self, event: Ready) -> bytes | None:
         """The event's bytes, or None for what the client knows already."""

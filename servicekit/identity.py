@@ -10,18 +10,22 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jwt
 import structlog
 
 from servicekit.errors import Reason, unauthenticated, unavailable
-from servicekit.tls import TlsFiles, client_ssl_context
+from servicekit.revocations import Revocations
+from servicekit.tls import TlsFiles, WatchedContext, client_ssl_context
 
 ALGORITHM = "EdDSA"
 SPIFFE_PREFIX = "spiffe://genmesh/"
 ROLE_ADMIN = "admin"
+ROLE_OPERATOR = "operator"
+SCOPES = frozenset({"read", "submit", "admin"})
+"""What an API key can be allowed to do; names of genmesh.options.v1.Scope."""
 CLOCK_SKEW_S = 5.0
 VERIFIED_TOKENS_MAX = 10_000
 JWKS_REFETCH_INTERVAL_S = 2.0
@@ -41,11 +45,36 @@ class Principal:
     service: str | None = None
     api_key_id: str | None = None
     """The API key that the token was made for, a UUID in its usual form; None: the user signed in."""
+    session_id: str | None = None
+    """The session that the token belongs to; None for API keys."""
+    scopes: frozenset[str] | None = None
+    """What the API key may do: `read`, `submit`, `admin`; None: all that its user may."""
+    issue_time: float = 0.0
+    client_address: str = ""
+    """Where the call came from, as far as somebody we trust saw it."""
+    request_id: str = ""
+    revocations: Revocations | None = field(default=None, compare=False, repr=False)
+    """Where to look whether the token still holds."""
 
     @property
     def is_admin(self) -> bool:
         """Whether the token has the role `admin`."""
         return ROLE_ADMIN in self.roles
+
+    @property
+    def is_operator(self) -> bool:
+        """Whether the token has the role `operator`, or `admin`, who may do all that operators may."""
+        return ROLE_OPERATOR in self.roles or self.is_admin
+
+    def check_alive(self) -> None:
+        """For streams, which may outlive the access token they were opened with; to be called every 15 s at least.
+
+        Raises UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED); UNAVAILABLE when that cannot be known.
+        """
+        if self.expire_time is not None and time.time() >= self.expire_time:
+            raise unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token expired; resume the watch with a new one")
+        if self.revocations is not None:
+            self.revocations.check(issue_time=self.issue_time, session_id=self.session_id, api_key_id=self.api_key_id, user_id=self.user_id)
 
 
 _principal: contextvars.ContextVar[Principal | None] = contextvars.ContextVar("principal", default=None)
@@ -72,12 +101,6 @@ def current_user_id() -> str:
     return user_id
 
 
-def check_token_lives(expire_time: float | None) -> None:
-    """For streams, which may outlive the access token they were opened with: raises UNAUTHENTICATED (TOKEN_EXPIRED) once that has ended."""
-    if expire_time is not None and time.time() >= expire_time:
-        raise unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token expired; resume the watch with a new one")
-
-
 class KeySource(Protocol):
     """Where public keys come from."""
 
@@ -90,8 +113,9 @@ class RemoteKeys:
     """The gateway's JWKS over mTLS: cached, refetched when it is old and when an unknown key id turns up."""
 
     def __init__(self, url: str, files: TlsFiles) -> None:
+        self._context = WatchedContext(files, lambda files: client_ssl_context(files, "gateway"))
         self._client = jwt.PyJWKClient(
-            url, cache_keys=False, cache_jwk_set=False, timeout=2, cooldown_duration=0, ssl_context=client_ssl_context(files)
+            url, cache_keys=False, cache_jwk_set=False, timeout=2, cooldown_duration=0, ssl_context=self._context.current()
         )
         self._keys: dict[str, jwt.PyJWK] = {}
         self._fetched_at = float("-inf")
@@ -114,6 +138,7 @@ class RemoteKeys:
 
     async def _fetch(self) -> None:
         try:
+            self._client.ssl_context = self._context.current()  # certificates change while we run
             key_set = await asyncio.to_thread(self._client.get_jwk_set, True)
         # A connection that breaks amid the body raises what neither PyJWT nor urllib wraps.
         except (jwt.PyJWTError, OSError, ValueError) as error:
@@ -131,14 +156,26 @@ class TokenVerifier:
     A token once verified is remembered until it expires, so that a busy client costs one signature check, not thousands.
     """
 
-    def __init__(self, keys: KeySource, *, issuer: str, audience: str) -> None:
+    def __init__(self, keys: KeySource, *, issuer: str, audience: str, revocations: Revocations | None = None) -> None:
         self._keys = keys
+        self._revocations = revocations
         self._issuer = issuer
         self._audience = audience
         self._verified: OrderedDict[bytes, Principal] = OrderedDict()
 
     async def verify(self, token: str) -> Principal:
-        """The user of a token. Raises UNAUTHENTICATED (TOKEN_INVALID, TOKEN_EXPIRED)."""
+        """The user of a token. Raises UNAUTHENTICATED (TOKEN_INVALID, TOKEN_EXPIRED, TOKEN_REVOKED); UNAVAILABLE."""
+        principal = await self._known_or_verified(token)
+        if self._revocations is not None:
+            self._revocations.check(
+                issue_time=principal.issue_time,
+                session_id=principal.session_id,
+                api_key_id=principal.api_key_id,
+                user_id=principal.user_id,
+            )
+        return principal
+
+    async def _known_or_verified(self, token: str) -> Principal:
         digest = hashlib.sha256(token.encode()).digest()
         known = self._verified.get(digest)
         if known is not None and known.expire_time is not None and known.expire_time + CLOCK_SKEW_S > time.time():
@@ -174,17 +211,23 @@ class TokenVerifier:
             roles=frozenset(str(role) for role in claims.get("roles", ())),
             plan=str(claims.get("plan", "")),
             expire_time=float(claims["exp"]),
-            api_key_id=_api_key_id(claims.get("api_key_id")),
+            issue_time=float(claims["iat"]),
+            session_id=_id(claims, "sid"),
+            api_key_id=(api_key_id := _id(claims, "api_key_id")),
+            # A token of a key that does not say what it may do may do nothing.
+            scopes=None if api_key_id is None else SCOPES.intersection(map(str, claims.get("scopes", ()))),
+            revocations=self._revocations,
         )
 
 
-def _api_key_id(claim: Any) -> str | None:
+def _id(claims: Mapping[str, Any], name: str) -> str | None:
+    claim = claims.get(name)
     if claim is None:
         return None
     try:
         return str(uuid.UUID(claim if isinstance(claim, str) else ""))
     except ValueError:
-        raise unauthenticated(Reason.ERROR_REASON_TOKEN_INVALID, "the access token names no API key") from None
+        raise unauthenticated(Reason.ERROR_REASON_TOKEN_INVALID, f"the claim {name} of the access token is no id") from None
 
 
 def peer_service(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
@@ -192,8 +235,7 @@ def peer_service(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
 
     gRPC has checked that the mesh CA signed the certificate; which service it names is for us to read.
     """
-    for value in auth_context.get("peer_spiffe_id", ()):
-        uri = value.decode()
-        if uri.startswith(SPIFFE_PREFIX):
-            return uri.removeprefix(SPIFFE_PREFIX)
-    return None
+    ids = list(auth_context.get("peer_spiffe_id", ()))
+    # One certificate, one identity (SPIFFE X.509-SVID, section 2).
+    uri = ids[0].decode() if len(ids) == 1 else ""
+    return uri.removeprefix(SPIFFE_PREFIX) if uri.startswith(SPIFFE_PREFIX) else None

@@ -1,4 +1,4 @@
-"""What happens around every RPC, in this order: telemetry, errors, authentication, validation.
+"""What happens around every RPC, in this order: telemetry, errors, authentication, validation, audit.
 
 Telemetry is outermost, so that refusals are counted; errors come next, so that every refusal inside has a typed status.
 gRPC's own services (health, reflection) pass untouched: mTLS guards them.
@@ -8,8 +8,9 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import grpc
 import protovalidate
@@ -20,13 +21,20 @@ from grpc_status import rpc_status
 
 from genmesh.options.v1 import options_pb2
 from servicekit import telemetry
+from servicekit.audit import AuditTrail, recorded
 from servicekit.errors import MeshError, Reason, permission_denied, unauthenticated
-from servicekit.identity import Principal, TokenVerifier, peer_service, set_principal
+from servicekit.identity import Principal, TokenVerifier, current_principal, peer_service, set_principal
 
 _log = structlog.get_logger(__name__)
 
 BEARER = "bearer "
 UNGUARDED_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
+PRIVILEGED = (options_pb2.ACCESS_ADMIN, options_pb2.ACCESS_OPERATOR)
+EDGE = "envoy"
+"""Whose word on where a call came from is taken."""
+CLIENT_ADDRESS = "x-client-address"
+STREAM_CHECK_INTERVAL_S = 5.0
+"""How often a stream that sends looks whether its caller may still have it."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -43,6 +51,7 @@ class Call:
     request: Message | Malformed
     context: Context
     metadata: Mapping[str, str]
+    request_id: str
     code: grpc.StatusCode = grpc.StatusCode.OK
 
 
@@ -61,11 +70,10 @@ class Telemetry:
     async def around(self, call: Call) -> AsyncGenerator[None]:
         """See Layer."""
         started = time.perf_counter()
-        request_id = call.metadata.get("x-request-id") or str(uuid.uuid4())
         in_flight = telemetry.RPC_IN_FLIGHT.labels(call.method)
         in_flight.inc()
         with (
-            structlog.contextvars.bound_contextvars(method=call.method, request_id=request_id),
+            structlog.contextvars.bound_contextvars(method=call.method, request_id=call.request_id),
             telemetry.server_span(call.method, call.metadata),
         ):
             try:
@@ -121,14 +129,39 @@ class AccessRule:
     """Who may call a method, from its options."""
 
     access: options_pb2.Access.ValueType
-    callers: frozenset[str]
+    callers: frozenset[str] = frozenset()
+    scope: str | None = None
+    """What an API key has to be allowed to do; None: no key may call the method."""
+    audited: bool = False
 
 
 def access_rule(method: str) -> AccessRule:
     """The rule of `/package.Service/Method`. A method without an `access` option has ACCESS_UNSPECIFIED."""
     service, _, name = method.removeprefix("/").partition("/")
     options = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].GetOptions()
-    return AccessRule(options.Extensions[options_pb2.access], frozenset(options.Extensions[options_pb2.callers]))
+    access = options.Extensions[options_pb2.access]
+    privileged = access in PRIVILEGED
+    scope = options_pb2.SCOPE_ADMIN if privileged else options.Extensions[options_pb2.scope]
+    return AccessRule(
+        access,
+        frozenset(options.Extensions[options_pb2.callers]),
+        scope=options_pb2.Scope.Name(scope).removeprefix("SCOPE_").lower() if scope else None,
+        audited=privileged or options.Extensions[options_pb2.audited],
+    )
+
+
+class Rules:
+    """The rules of methods, each read once."""
+
+    def __init__(self) -> None:
+        self._rules: dict[str, AccessRule] = {}
+
+    def of(self, method: str) -> AccessRule:
+        """The rule of a method."""
+        rule = self._rules.get(method)
+        if rule is None:
+            rule = self._rules[method] = access_rule(method)
+        return rule
 
 
 class Authentication:
@@ -136,32 +169,68 @@ class Authentication:
 
     def __init__(self, verifier: TokenVerifier) -> None:
         self._verifier = verifier
-        self._rules: dict[str, AccessRule] = {}
+        self._rules = Rules()
 
     @asynccontextmanager
     async def around(self, call: Call) -> AsyncGenerator[None]:
         """See Layer."""
-        rule = self._rules.get(call.method)
-        if rule is None:
-            rule = self._rules[call.method] = access_rule(call.method)
-        set_principal(await self._admit(rule, call))
+        service = peer_service(call.context.auth_context())
+        principal = await self._admit(self._rules.of(call.method), call, service)
+        set_principal(replace(principal, client_address=_client_address(call, service), request_id=call.request_id))
         yield
 
-    async def _admit(self, rule: AccessRule, call: Call) -> Principal:
-        service = peer_service(call.context.auth_context())
+    async def _admit(self, rule: AccessRule, call: Call, service: str | None) -> Principal:
         authorization = call.metadata.get("authorization", "")
         if rule.access == options_pb2.ACCESS_PUBLIC:
             return Principal(service=service)
         if service is not None and service in rule.callers and not authorization:
             return Principal(service=service)
-        if rule.access in (options_pb2.ACCESS_USER, options_pb2.ACCESS_ADMIN):
+        if rule.access == options_pb2.ACCESS_USER or rule.access in PRIVILEGED:
             if not authorization.lower().startswith(BEARER):
                 raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "this call needs an access token: authorization: Bearer …")
             user = await self._verifier.verify(authorization[len(BEARER) :].strip())
+            if user.scopes is not None and rule.scope not in user.scopes:
+                raise scope_missing(rule.scope)
             if rule.access == options_pb2.ACCESS_ADMIN and not user.is_admin:
                 raise permission_denied("this call needs the role admin")
+            if rule.access == options_pb2.ACCESS_OPERATOR and not user.is_operator:
+                raise permission_denied("this call needs the role operator")
             return user
         raise permission_denied("this call is not open to this caller")
+
+
+def scope_missing(scope: str | None) -> MeshError:
+    """PERMISSION_DENIED (SCOPE_MISSING): a call that the API key in use may not make."""
+    what = f"this API key lacks the scope {scope}" if scope else "no API key may do this: sign in"
+    return MeshError(
+        grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_SCOPE_MISSING, what, metadata={"scope": scope} if scope else {"scope": ""}
+    )
+
+
+def _client_address(call: Call, service: str | None) -> str:
+    if service == EDGE:
+        return call.metadata.get(CLIENT_ADDRESS, "")
+    # `ipv4:10.0.0.1:4711`, `ipv6:%5B::1%5D:4711`
+    address = unquote(call.context.peer()).partition(":")[2]
+    return address.rpartition(":")[0].strip("[]")
+
+
+class Audit:
+    """Writes an entry of the audit trail around every method that asks for one."""
+
+    def __init__(self, trail: AuditTrail) -> None:
+        self._trail = trail
+        self._rules = Rules()
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncGenerator[None]:
+        """See Layer."""
+        rule = self._rules.of(call.method)
+        if not rule.audited or isinstance(call.request, Malformed):
+            yield
+            return
+        async with recorded(self._trail, call.method, call.request, rule.access):
+            yield
 
 
 class Validation:
@@ -216,6 +285,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
             raise TypeError(f"{method}: client streaming is not part of the contract")
         metadata = {key: value for key, value in handler_call_details.invocation_metadata if isinstance(value, str)}  # pyright: ignore[reportAttributeAccessIssue]
 
+        request_id = metadata.get("x-request-id") or str(uuid.uuid4())
+
         def deserialize(data: bytes) -> Message | Malformed:
             try:
                 return handler.request_deserializer(data)
@@ -231,16 +302,20 @@ class Interceptor(grpc.aio.ServerInterceptor):
             async def stream(request: Message | Malformed, context: Context) -> None:
                 write = context.write
                 async with AsyncExitStack() as stack:
-                    await self._enter(stack, Call(method, request, context, metadata))
+                    await self._enter(stack, Call(method, request, context, metadata, request_id))
+                    caller, checked = current_principal(), time.monotonic()
                     async with aclosing(handler.unary_stream(request, context)) as responses:
                         async for response in responses:
                             await write(response)
+                            if time.monotonic() - checked > STREAM_CHECK_INTERVAL_S:
+                                caller.check_alive()
+                                checked = time.monotonic()
 
             return grpc.unary_stream_rpc_method_handler(stream, deserialize, serialize)  # pyright: ignore[reportArgumentType]
 
         async def unary(request: Message | Malformed, context: Context) -> Any:
             async with AsyncExitStack() as stack:
-                await self._enter(stack, Call(method, request, context, metadata))
+                await self._enter(stack, Call(method, request, context, metadata, request_id))
                 return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(unary, deserialize, handler.response_serializer)  # pyright: ignore[reportArgumentType]

@@ -1,11 +1,15 @@
-"""Media in S3: put, presign, list, delete. boto3 is synchronous; calls run in a bounded pool of threads."""
+"""Media in S3: put, read, presign, list, delete. boto3 is synchronous; calls run in a bounded pool of threads."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
 import boto3
 from botocore.config import Config
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 THREADS = 4
 PAGE_MAX = 1000
 """Objects a request may list or delete: what S3 allows."""
+PIECE_BYTES = 1 << 20
+"""What a download has in memory at a time."""
 
 T = TypeVar("T")
 
@@ -41,6 +47,23 @@ class Page:
     objects: Sequence[StoredObject]
     more: bool
     """Whether objects come after the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PresignedPut:
+    """A URL that stores one object, with the headers that the request has to carry."""
+
+    url: str
+    headers: Mapping[str, str]
+    expire_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Downloaded:
+    """An object that was read. `sha256` is empty when it was not, as it has another size than expected."""
+
+    size_bytes: int
+    sha256: bytes = b""
 
 
 class ObjectStore:
@@ -71,6 +94,50 @@ class ObjectStore:
             "the media could not be stored",
         )
 
+    async def put_file(self, key: str, file: BinaryIO, content_type: str) -> None:
+        """Store a whole file as an object, replacing one of the same key. The file's position does not matter afterwards."""
+
+        def put(source: BinaryIO) -> None:
+            source.seek(0)
+            self._client.put_object(Bucket=self._bucket, Key=key, Body=source, ContentType=content_type)
+
+        await self._call_with(file, "rb", put, "the media could not be stored")
+
+    async def download(self, key: str, file: BinaryIO, *, size_bytes: int, timeout_s: float) -> Downloaded | None:
+        """Read an object of exactly this size into a file, piece by piece. None: there is no such object.
+
+        One of another size is not read. Nothing is written to the file any more, shortly after this is cancelled or takes too long.
+        """
+        ended = threading.Event()
+        give_up_at = time.monotonic() + timeout_s
+
+        def fetch(target: BinaryIO) -> Downloaded | None:
+            try:
+                reply = self._client.get_object(Bucket=self._bucket, Key=key)
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                    return None
+                raise
+            body = reply["Body"]
+            try:
+                if reply["ContentLength"] != size_bytes:
+                    return Downloaded(reply["ContentLength"])
+                digest, count = hashlib.sha256(), 0
+                for piece in body.iter_chunks(PIECE_BYTES):
+                    count += len(piece)
+                    if ended.is_set() or time.monotonic() > give_up_at or count > size_bytes:
+                        raise TransferError
+                    digest.update(piece)
+                    target.write(piece)
+                return Downloaded(count, digest.digest() if count == size_bytes else b"")
+            finally:
+                body.close()  # or the rest of it would be read before the connection is used again
+
+        try:
+            return await self._call_with(file, "wb", fetch, "the media could not be read")
+        finally:
+            ended.set()
+
     async def list(self, prefix: str, *, after: str = "") -> Page:
         """Objects whose keys begin with `prefix` and come after a key (it need not exist), in the order of keys: up to 1,000."""
         reply = await self._call(
@@ -95,9 +162,17 @@ class ObjectStore:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         except (BotoCoreError, ClientError) as error:
-            refusal = unavailable(failure)
-            refusal.reason = Reason.ERROR_REASON_STORE_FAILED
-            raise refusal from error
+            raise _failed(failure) from error
+
+    async def _call_with(self, file: BinaryIO, mode: str, call: Callable[[BinaryIO], T], failure: str) -> T:
+        # With a descriptor of its own: the caller may be cancelled and close the file while the thread goes on for a moment.
+        own = cast(BinaryIO, os.fdopen(os.dup(file.fileno()), mode, buffering=0))
+        running = self._threads.submit(call, own)
+        running.add_done_callback(lambda _: own.close())
+        try:
+            return await asyncio.wrap_future(running)
+        except (BotoCoreError, ClientError, TransferError) as error:
+            raise _failed(failure) from error
 
     async def ping(self) -> None:
         """Raise unless the bucket can be reached."""
@@ -111,6 +186,29 @@ class ObjectStore:
             ExpiresIn=self._url_ttl_s,
         )
         return url, datetime.now(UTC) + timedelta(seconds=self._url_ttl_s)
+
+    def presign_put(self, key: str, content_type: str, *, size_bytes: int, ttl_s: int) -> PresignedPut:
+        """A URL that stores an object of exactly this type and size under this key. Pure computation.
+
+        Type and size are signed headers: a request that has others, or more `x-amz-…` headers, does not fit the signature.
+        """
+        url = self._presigner.generate_presigned_url(
+            "put_object",
+            Params={"Bucket": self._bucket, "Key": key, "ContentType": content_type, "ContentLength": size_bytes},
+            ExpiresIn=ttl_s,
+        )
+        headers = {"content-type": content_type, "content-length": str(size_bytes)}
+        return PresignedPut(url, headers, datetime.now(UTC) + timedelta(seconds=ttl_s))
+
+
+class TransferError(Exception):
+    """A transfer that was given up."""
+
+
+def _failed(what: str) -> MeshError:
+    refusal = unavailable(what)
+    refusal.reason = Reason.ERROR_REASON_STORE_FAILED
+    return refusal
 
 
 def _client(settings: ObjectSettings, endpoint_url: str) -> "S3Client":

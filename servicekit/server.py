@@ -9,9 +9,10 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from servicekit.audit import AuditTrail, LogTrail
 from servicekit.errors import MeshError
 from servicekit.identity import TokenVerifier
-from servicekit.interceptors import Authentication, Errors, Interceptor, Telemetry, Validation
+from servicekit.interceptors import Audit, Authentication, Errors, Interceptor, Telemetry, Validation
 from servicekit.settings import ServerSettings
 from servicekit.tls import TlsFiles, server_credentials
 
@@ -36,10 +37,12 @@ class MeshServer:
         verifier: TokenVerifier,
         checks: Mapping[str, Check],
         translate: Callable[[Exception], MeshError | None] = lambda _: None,
+        audit: AuditTrail | None = None,
     ) -> None:
         """`checks` are awaited every 2 s: one that raises or takes 1.5 s makes the server NOT_SERVING.
 
-        `translate` turns exceptions of libraries (a database that is gone …) into typed errors.
+        `translate` turns exceptions of libraries (a database that is gone …) into typed errors. `audit` is where entries of the
+        audit trail go; None: to the log.
         """
         self._settings = settings
         self._service = service
@@ -48,7 +51,9 @@ class MeshServer:
         self.draining = asyncio.Event()
         """Set when the server is told to stop: long streams should end, so that their clients go on elsewhere."""
         self.grpc = grpc.aio.server(
-            interceptors=[Interceptor([Telemetry(), Errors(translate), Authentication(verifier), Validation()])],
+            interceptors=[
+                Interceptor([Telemetry(), Errors(translate), Authentication(verifier), Validation(), Audit(audit or LogTrail())])
+            ],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),

@@ -62,6 +62,10 @@ class ServerSettings(MeshSettings):
     drain_s: float = Field(10.0, ge=0, le=300, description="How long running calls may take to end after SIGTERM")
     token_issuer: str = Field("https://genmesh.internal", description="`iss` of access tokens")
     token_audience: str = Field("genmesh", description="`aud` of access tokens")
+    gateway_address: HostPort = Field(
+        "127.0.0.1:50050",
+        description="Where the gateway says which access tokens were revoked, keeps the audit trail, and who has which plan",
+    )
     jwks_url: str = Field("https://127.0.0.1:9443/.well-known/jwks.json", description="Where the gateway serves its public keys (mTLS)")
 
 

@@ -5,7 +5,6 @@ served for Prometheus; spans go to an OTLP collector where one is set.
 """
 
 import logging
-import ssl
 import sys
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
@@ -19,7 +18,7 @@ import structlog
 from opentelemetry import propagate, trace
 
 from servicekit.settings import TelemetrySettings
-from servicekit.tls import TlsFiles, server_ssl_context
+from servicekit.tls import TlsFiles, WatchedContext, server_ssl_context
 
 RPC_SECONDS = prometheus_client.Histogram(
     "genmesh_rpc_duration_seconds",
@@ -110,16 +109,16 @@ class _QuietHandler(WSGIRequestHandler):
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    ssl_context: ssl.SSLContext | None = None
+    tls: WatchedContext | None = None
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Shake hands in the request's own thread, so that a slow peer holds up nobody."""
-        if self.ssl_context is None:
+        if self.tls is None:
             super().finish_request(request, client_address)
             return
         request.settimeout(_QuietHandler.timeout)
-        with self.ssl_context.wrap_socket(request, server_side=True) as tls:
-            super().finish_request(tls, client_address)
+        with self.tls.current().wrap_socket(request, server_side=True) as connection:
+            super().finish_request(connection, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A peer without a mesh certificate, or one that hung up, is no fault of ours."""
@@ -129,7 +128,8 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
 class HttpServer:
     """A small HTTP server in a thread, for what is not gRPC: `/metrics` and the gateway's key set.
 
-    `pages` maps a path to a function that returns content type and body. With `tls`, only mesh certificates are let in.
+    `pages` maps a path to a function that returns content type and body. With `tls`, only mesh certificates are let in,
+    and new connections get what is newest in the files.
     """
 
     def __init__(self, address: str, pages: Mapping[str, Page], tls: TlsFiles | None = None) -> None:
@@ -146,7 +146,7 @@ class HttpServer:
 
         self._server = make_server(host, int(port), app, server_class=_ThreadingServer, handler_class=_QuietHandler)  # pyright: ignore[reportArgumentType]
         if tls is not None:
-            self._server.ssl_context = server_ssl_context(tls)
+            self._server.tls = WatchedContext(tls, server_ssl_context)
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
 
     @property

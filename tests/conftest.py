@@ -21,6 +21,7 @@ from cli.stack.supervisor import Supervisor
 
 LEASE_SECONDS = 2
 """Short, so that tests of lost workers are quick; long enough for a busy machine."""
+MANY = 100_000
 CHECKPOINT_INTERVAL_S = 0.5
 """Short, so that a watcher hears at once that there is nothing to hear."""
 
@@ -122,6 +123,12 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def stack(data_dir: Path) -> AsyncIterator[Stack]:
     """The whole embedded stack through Envoy, on ports that are free."""
     settings = StackSettings(state_dir=data_dir / "stack", edge_port=0, edge_tls_port=0)
-    environment = {"GENMESH_LEASE_SECONDS": str(LEASE_SECONDS), "GENMESH_CHECKPOINT_INTERVAL_S": str(CHECKPOINT_INTERVAL_S)}
+    environment = {
+        "GENMESH_LEASE_SECONDS": str(LEASE_SECONDS),
+        "GENMESH_CHECKPOINT_INTERVAL_S": str(CHECKPOINT_INTERVAL_S),
+        # All users of all tests come from one address.
+        "GENMESH_REGISTRATIONS_MAX": str(MANY),
+        "GENMESH_SIGN_IN_CLIENT_FAILURES_MAX": str(MANY),
+    }
     async with Stack(settings, environment=environment).running() as running:
         yield running

@@ -5,13 +5,15 @@ import threading
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import grpc
 import typer
 
-from cli.client import CALL_TIMEOUT_S, Edge
-from cli.failures import CommandError, code_of, failure_of, usage
+from cli.client import CALL_TIMEOUT_S, Edge, parse_api_key
+from cli.failures import CommandError, ExitCode, code_of, failure_of, usage
 from cli.settings import ClientSettings
 from servicekit.settings import load
 
@@ -37,9 +39,44 @@ RequestIdOption = Annotated[
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=10_000, metavar="N", help="Show at most N.")]
 
 
+API_KEY_FILE_MAX_BYTES = 4096
+
+api_key_file: ContextVar[Path | None] = ContextVar("api_key_file", default=None)
+"""What `genmesh --api-key-file` names."""
+
+
 def open_edge(url: str | None, *, stored_login: bool = False) -> Edge:
-    """The edge of this command: the context manager every command works in."""
-    return Edge.of(load(ClientSettings), url, stored_login=stored_login)
+    """The edge of this command: the context manager every command works in. `stored_login`: no other credentials count."""
+    file = None if stored_login else api_key_file.get()
+    return Edge.of(load(ClientSettings), url, stored_login=stored_login, api_key=_read_api_key(file) if file else None)
+
+
+def _read_api_key(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(API_KEY_FILE_MAX_BYTES)
+    except OSError as error:
+        raise usage(f"the API key cannot be read: {error.strerror}: {file}", "name a file that holds a key with --api-key-file") from error
+    return parse_api_key(content.decode(errors="replace"), str(file))
+
+
+@contextmanager
+def missing_is(message: str, advice: str) -> Generator[None]:
+    """NOT_FOUND inside the block is told with these words."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        if code_of(error) is not grpc.StatusCode.NOT_FOUND:
+            raise
+        raise CommandError(message, advice, code=ExitCode.NOT_FOUND) from error
+
+
+def parse_id(text: str, what: str, advice: str) -> str:
+    """A UUID in its usual form. Raises CommandError (usage)."""
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        raise usage(f"not the id of {what}: {text!r}", advice) from None
 
 
 def parse_request_id(text: str | None) -> str:

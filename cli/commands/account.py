@@ -1,14 +1,16 @@
-"""Who you are: register, login, logout, whoami."""
+"""Who you are: register, login, link, logout, whoami."""
 
 import sys
+from enum import StrEnum
 from typing import Annotated
 
+import grpc
 import typer
 
 from cli.amounts import time_text
 from cli.client import Edge
 from cli.commands import EdgeOption, JsonOption, open_edge
-from cli.failures import usage
+from cli.failures import CommandError, failure_of, printable, reason_of, usage
 from cli.output import note, plan_word, write_fields, write_json
 from cli.settings import ClientSettings
 from genmesh.identity.v1 import identity_pb2
@@ -20,6 +22,8 @@ EmailOption = Annotated[str | None, typer.Option("--email", metavar="ADDRESS", h
 PasswordStdinOption = Annotated[
     bool, typer.Option("--password-stdin", help="Read the password from standard input. Default: GENMESH_PASSWORD, else asked for.")
 ]
+
+NoBrowserOption = Annotated[bool, typer.Option("--no-browser", help="Only print the address to go to.")]
 
 
 def _credentials(email: str | None, *, password_stdin: bool, confirm: bool = False) -> tuple[str, str]:
@@ -58,13 +62,71 @@ def register(
 
 @app.command()
 def login(
-    email: EmailOption = None, password_stdin: PasswordStdinOption = False, edge: EdgeOption = None, json_output: JsonOption = False
+    email: EmailOption = None,
+    password_stdin: PasswordStdinOption = False,
+    google: Annotated[bool, typer.Option("--google", help="Sign in with Google, in your browser.")] = False,
+    no_browser: NoBrowserOption = False,
+    edge: EdgeOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Sign in; the login is kept for the commands that follow."""
-    address, password = _credentials(email, password_stdin=password_stdin)
+    if google and (email is not None or password_stdin):
+        raise usage("--google goes without --email and --password-stdin")
+    if no_browser and not google:
+        raise usage("--no-browser goes with --google")
     with open_edge(edge, stored_login=True) as client:
-        client.sign_in(address, password)
+        if google:
+            _sign_in_with_google(client, no_browser=no_browser)
+        else:
+            client.sign_in(*_credentials(email, password_stdin=password_stdin))
         _welcome(client, client.call(client.identity.GetMe, identity_pb2.GetMeRequest()).user, json_output=json_output)
+
+
+def _sign_in_with_google(client: Edge, *, no_browser: bool) -> None:
+    try:
+        client.sign_in_with_google(_google_code(client, no_browser=no_browser))
+    except grpc.RpcError as error:
+        if reason_of(error) != "ERROR_REASON_EMAIL_TAKEN":
+            raise
+        failure = failure_of(error)
+        advice = "sign in to that account with `genmesh login --email`, then `genmesh link google`"
+        raise CommandError(failure.message, advice, code=failure.code, notes=failure.notes) from error
+
+
+def _google_code(client: Edge, *, no_browser: bool) -> identity_pb2.AuthorizationCode:
+    """What Google sends the user's browser back with. Raises CommandError."""
+    from cli.browser import open_browser, sign_in_code  # a web server, for this alone
+
+    options = client.call(client.identity.GetSignInOptions, identity_pb2.GetSignInOptionsRequest(), signed_in=False)
+    if not options.HasField("google"):
+        raise CommandError("this genmesh does not offer sign-in with Google", "use `genmesh login --email`; whoever runs it can set it up")
+
+    def present(url: str) -> None:
+        # To stderr and as it is: it is copied from there where no browser opens.
+        print(f"go to this address in a browser on this machine:\n\n{printable(url)}\n", file=sys.stderr, flush=True)
+        if not no_browser:
+            open_browser(url)
+
+    return sign_in_code(options.google, present)
+
+
+class Provider(StrEnum):
+    """Where else people can sign in."""
+
+    GOOGLE = "google"
+
+
+@app.command()
+def link(
+    provider: Annotated[Provider, typer.Argument(metavar="PROVIDER", help="google.", case_sensitive=False)],
+    no_browser: NoBrowserOption = False,
+    edge: EdgeOption = None,
+) -> None:
+    """Sign in with an account elsewhere, too, from now on."""
+    with open_edge(edge) as client:
+        request = identity_pb2.LinkIdentityRequest(google_code=_google_code(client, no_browser=no_browser))
+        client.call(client.identity.LinkIdentity, request, repeatable=False)
+    note(f"from now on `genmesh login --{provider}` works, too")
 
 
 def _welcome(client: Edge, user: identity_pb2.User, *, json_output: bool) -> None:

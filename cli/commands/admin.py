@@ -1,10 +1,11 @@
-"""What administrators do: credits, plans and ceilings of users, the audit of the ledger, the queue and the jobs that failed."""
+"""What administrators do: credits and ceilings of users, the audit of the ledger, the queue and the jobs that failed.
+
+Accounts and the audit trail have a module of their own.
+"""
 
 import sys
-import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import Annotated
 
 import grpc
@@ -13,8 +14,19 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cli.amounts import credits_text, seconds_text, time_text
-from cli.client import Edge, paged
-from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge, parse_request_id
+from cli.client import paged
+from cli.commands import (
+    EdgeOption,
+    JsonOption,
+    LimitOption,
+    RequestIdOption,
+    admin_accounts,
+    call_once,
+    interrupts,
+    open_edge,
+    parse_request_id,
+)
+from cli.commands.admin_accounts import WhoArgument, find_user_id
 from cli.commands.credits import (
     ENTRIES_SHOWN,
     DailyOption,
@@ -33,12 +45,11 @@ from cli.commands.credits import (
     show_entries,
     write_ceilings,
 )
-from cli.failures import CommandError, ExitCode, code_of, failure_of, printable, reason_of, usage
+from cli.failures import CommandError, ExitCode, failure_of, printable, reason_of, usage
 from cli.inputs import parse_credits, parse_time
-from cli.output import error_text, hold_word, level_word, note, plan_word, write_fields, write_json, write_table
+from cli.output import error_text, hold_word, level_word, note, write_fields, write_json, write_table
 from genmesh.credits.v1 import credits_pb2
 from genmesh.errors.v1 import errors_pb2
-from genmesh.identity.v1 import identity_pb2
 from genmesh.jobs.v1 import jobs_pb2
 
 REQUEUE_MAX = 1000
@@ -54,9 +65,9 @@ group = typer.Typer(help="For administrators: accounts, credits, the ledger, the
 ledger = typer.Typer(help="The ledger as a whole.", no_args_is_help=True)
 app.add_typer(group, name="admin")
 group.add_typer(ledger, name="ledger")
+group.add_typer(admin_accounts.app)
 
 
-WhoArgument = Annotated[str, typer.Argument(metavar="EMAIL_OR_USER_ID", help="Whose account.")]
 AmountArgument = Annotated[str, typer.Argument(metavar="AMOUNT", help="How many credits, for example 100 or 2.5.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the ledger with your id, and shown to the user.")]
 
@@ -216,36 +227,6 @@ def ceiling(
         print(f"{who}: {ceiling_text(stands)}")
 
 
-class PlanName(StrEnum):
-    """Plans, as typed."""
-
-    FREE = "free"
-    PRO = "pro"
-
-
-@group.command()
-def plan(
-    who: WhoArgument,
-    wanted: Annotated[PlanName, typer.Argument(metavar="PLAN", help="free or pro.", case_sensitive=False)],
-    edge: EdgeOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Put a user on a plan. It counts from the user's next access token on, within minutes."""
-    with open_edge(edge) as client:
-        user_id = find_user_id(client, who)
-        request = identity_pb2.UpdateUserRequest(user_id=user_id, plan=identity_pb2.Plan.Value(f"PLAN_{wanted.name}"))
-        try:
-            user = client.call(client.identity_admin.UpdateUser, request).user
-        except grpc.RpcError as error:
-            if code_of(error) is not grpc.StatusCode.NOT_FOUND:
-                raise
-            raise _no_account(who) from error
-    if json_output:
-        write_json(user)
-    else:
-        print(f"{user.email} is on the plan {plan_word(user.plan)}")
-
-
 # The ledger
 
 
@@ -336,56 +317,6 @@ def _write_summary(summary: credits_pb2.AuditSummary, total: int) -> None:
 
 def _counted(count: int, one: str, several: str) -> str:
     return f"{count} {one if count == 1 else several}"
-
-
-# Accounts
-
-
-def find_user_id(client: Edge, who: str) -> str:
-    """The id of an account given by id or e-mail address. Raises CommandError when there is no such address."""
-    try:
-        return str(uuid.UUID(who))
-    except ValueError:
-        if "@" not in who:
-            raise usage(f"neither an e-mail address nor a user id: {who!r}", "`genmesh admin users` lists accounts") from None
-    users = client.call(client.identity_admin.ListUsers, identity_pb2.ListUsersRequest(email=who)).users
-    for user in users:
-        if user.email == who.lower():
-            return user.user_id
-    raise _no_account(who)
-
-
-def _no_account(who: str) -> CommandError:
-    return CommandError(f"there is no account {who}", "`genmesh admin users` lists accounts", code=ExitCode.NOT_FOUND)
-
-
-@group.command()
-def users(
-    email: Annotated[str, typer.Option("--email", metavar="ADDRESS", help="Only the account with this address.")] = "",
-    limit: LimitOption = 50,
-    edge: EdgeOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """List accounts, newest first."""
-    with open_edge(edge) as client:
-
-        def fetch(page_size: int, page_token: str):
-            request = identity_pb2.ListUsersRequest(page_size=page_size, page_token=page_token, email=email)
-            response = client.call(client.identity_admin.ListUsers, request)
-            return response.users, response.next_page_token
-
-        found = paged(fetch, limit)
-        if json_output:
-            for user in found:
-                write_json(user)
-            return
-        write_table(
-            ["e-mail", "name", "user id", "plan", "roles", "since"],
-            (
-                (user.email, user.display_name, user.user_id, plan_word(user.plan), ",".join(user.roles), time_text(user.create_time))
-                for user in found
-            ),
-        )
 
 
 # The queue

@@ -6,7 +6,6 @@ import re
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.console import Console
 
 from cli.amounts import change_text, credits_text, money_text, time_text, utc_text
 from cli.client import Edge, paged
-from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge, parse_request_id
+from cli.commands import EdgeOption, JsonOption, LimitOption, RequestIdOption, call_once, interrupts, open_edge, parse_id, parse_request_id
 from cli.download import check_target
 from cli.failures import CommandError, ExitCode, printable, usage
 from cli.files import appending, is_stream, replacing
@@ -186,7 +185,7 @@ def parse_selection(job: str = "", kinds: Iterable[str] | None = None, since: st
     if start_time is not None and end_time is not None and start_time.ToNanoseconds() >= end_time.ToNanoseconds():
         raise usage("--since is not before --until")
     if job:
-        job = _parse_id(job, "a job", "`genmesh jobs list` shows the ids of your jobs")
+        job = parse_id(job, "a job", "`genmesh jobs list` shows the ids of your jobs")
     found = dict.fromkeys(_parse_kind(kind) for kind in kinds or ())
     return Selection(
         job_id=job,
@@ -201,13 +200,6 @@ def _parse_kind(text: str) -> EntryKind:
         return EntryKind(text.strip().lower().replace("_", "-").removeprefix("kind-"))  # as JSON has it, too
     except ValueError:
         raise usage(f"no such kind of entry: {text!r}", f"there are {', '.join(EntryKind)}") from None
-
-
-def _parse_id(text: str, what: str, advice: str) -> str:
-    try:
-        return str(uuid.UUID(text))
-    except ValueError:
-        raise usage(f"not the id of {what}: {text!r}", advice) from None
 
 
 def find_entries(client: Edge, selection: Selection, limit: int | None, *, user_id: str | None = None) -> Iterator[credits_pb2.Entry]:
@@ -394,7 +386,7 @@ def set_key_ceiling(
     json_output: JsonOption = False,
 ) -> None:
     """Bound what one of your API keys may spend a day and a month."""
-    api_key_id = _parse_id(api_key_id, "an API key", "`genmesh credits ceilings` shows the ids of those that have one")
+    api_key_id = parse_id(api_key_id, "an API key", "`genmesh credits ceilings` shows the ids of those that have one")
     bounds = parse_bounds(daily, monthly, none=none)
     with open_edge(edge) as client:
 

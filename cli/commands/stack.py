@@ -1,11 +1,16 @@
-"""The embedded stack: up, down, status. What it is made of stands in `cli.stack`, imported only when one of these runs."""
+"""The embedded stack: up, down, status, new certificates and signing keys.
+
+What it is made of stands in `cli.stack`, imported only when one of these runs.
+"""
 
 import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +18,7 @@ from rich.table import Table
 
 from cli.commands import JsonOption
 from cli.failures import CommandError, ExitCode
+from cli.output import note
 from servicekit.settings import load
 
 if TYPE_CHECKING:
@@ -21,8 +27,13 @@ if TYPE_CHECKING:
 
 DOWN_TIMEOUT_S = 90.0
 DOWN_POLL_S = 0.05
+ROTATE_TIMEOUT_S = 60.0
 
 app = typer.Typer()
+certificates = typer.Typer(help="Certificates of the embedded stack's services.", no_args_is_help=True)
+signing_keys = typer.Typer(help="Keys that sign the embedded stack's access tokens.", no_args_is_help=True)
+app.add_typer(certificates, name="certificates")
+app.add_typer(signing_keys, name="signing-keys")
 
 _STYLES = {"healthy": "green", "done": "green", "unhealthy": "red", "failed": "bold red", "restarting": "red", "dead": "bold red"}
 
@@ -158,6 +169,54 @@ def _show_status(pid: int, published: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(f"\nedge {published['edge']['url']}  {published['edge']['tls_url']}  supervisor pid {pid}  {published['state_dir']}")
+
+
+@certificates.command("rotate")
+def rotate_certificates(
+    new_authority: Annotated[
+        bool,
+        typer.Option("--new-authority", help="Make a new certificate authority, too; the earlier one is trusted no longer at the end."),
+    ] = False,
+) -> None:
+    """Give every service a new certificate and key. What runs takes them over by itself, without a lost call."""
+    from cli.stack.certificates import SETTLE_S, rotate
+
+    state = _existing_state("certificates")
+    running = state.holder() is not None
+    if new_authority:
+        note(f"this takes about {2 * SETTLE_S:.0f} s: all trust the new authority before it is used, and use it before the old one goes")
+    try:
+        made = rotate(state.directory("certificates"), state.directory("authority"), new_authority)
+    except TimeoutError as error:
+        raise CommandError("another rotation is going on", "wait for its end", code=ExitCode.UNAVAILABLE) from error
+    print(f"made {', '.join(made)}")
+    if running:
+        note(f"every process uses them within {SETTLE_S:.0f} s")
+
+
+@signing_keys.command("rotate")
+def rotate_signing_keys() -> None:
+    """Make a new key that signs access tokens. The earlier one is accepted until the last token that it signed has expired."""
+    state = _existing_state("keys")
+    # Its own process, as every service here: the command line imports none.
+    environment = os.environ | {"GENMESH_SIGNING_KEYS_DIR": str(state.directory("keys"))}
+    command = (sys.executable, "-m", "gateway", "rotate-keys")
+    try:
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=ROTATE_TIMEOUT_S)  # noqa: S603  # ours
+    except subprocess.TimeoutExpired as error:
+        raise CommandError("the key was not made in time", "run it again", code=ExitCode.UNAVAILABLE) from error
+    if run.returncode:
+        raise CommandError("the key could not be made", "mend the cause and run it again", notes=tuple(run.stderr.splitlines()[-5:]))
+    print(run.stdout.splitlines()[-1])
+
+
+def _existing_state(name: str) -> "StateDirectory":
+    """The state directory, if a stack has been started on it."""
+    state = _state()
+    if not (state.path / name).is_dir():
+        advice = "start one with `genmesh up`, or set GENMESH_STATE_DIR"
+        raise CommandError(f"no stack has been started on {state.path}", advice, code=ExitCode.NOT_FOUND)
+    return state
 
 
 def _state() -> "StateDirectory":

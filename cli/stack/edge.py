@@ -1,5 +1,6 @@
 """Envoy's configuration for an embedded stack: the one of `envoy/`, with the addresses of this stack."""
 
+import os
 from pathlib import Path
 
 from cli.stack.ports import PortBlock
@@ -7,18 +8,23 @@ from edge.render import render
 from edge.settings import EnvoySettings
 
 
-def configuration(ports: PortBlock, *, edge_port: int, edge_tls_port: int, certificates_dir: Path, replicas_inference: int) -> str:
-    """The text of Envoy's configuration file."""
+def configuration(
+    ports: PortBlock, directory: Path, *, edge_port: int, edge_tls_port: int, certificates_dir: Path, replicas_inference: int
+) -> str:
+    """The text of Envoy's configuration file; others that it names are written to `directory`."""
     return render(
         EnvoySettings(  # pyright: ignore[reportCallIssue]  # what is not given comes from the environment or has a default
             edge_port=edge_port,
             edge_tls_port=edge_tls_port,
             admin_port=ports.port("envoy-admin"),
             certificates_dir=certificates_dir,
+            sds_dir=directory,
             gateway_addresses=(ports.address("gateway"),),
             jobs_addresses=(ports.address("jobs"),),
             credits_addresses=(ports.address("credits"),),
             inference_addresses=tuple(ports.address(f"inference-{index}") for index in range(replicas_inference)),
             jwks_address=ports.address("gateway-jwks"),
+            # A browser that trusts our authority would want TLS of everything else on this host too.
+            hsts_max_age_s=int(os.environ.get("GENMESH_HSTS_MAX_AGE_S") or 0),
         )
     )

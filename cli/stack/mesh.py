@@ -19,6 +19,16 @@ STOP_MARGIN_S = 5.0
 """On top of the drain: closing pools, flushing, unloading models."""
 NAMES = {"gateway": "gateway", "credits": "credit_service", "jobs": "jobs_service"}
 """Services with a schema, by the names of their processes."""
+SECRETS = {
+    "GENMESH_ADMIN_PASSWORD": "gateway",
+    "GENMESH_GOOGLE_CLIENT_SECRET": "gateway",
+    "GENMESH_STRIPE_SECRET_KEY": "credits",
+    "GENMESH_STRIPE_WEBHOOK_SECRET": "credits",
+    # Those of who types commands: no process of the mesh is told.
+    "GENMESH_PASSWORD": "",
+    "GENMESH_API_KEY": "",
+}
+"""What the environment may have that one process alone is told."""
 DEFAULT_MODELS_FILE = Path(__file__).resolve().parents[2] / "models" / "catalogue.yaml"
 """The catalogue of the repository, wherever the command is called from."""
 
@@ -84,23 +94,22 @@ class Mesh:
             "gateway",
             {
                 "GENMESH_DATABASE_URL": self.database_urls["gateway"],
+                "GENMESH_REDIS_URL": self.redis_url,
+                "GENMESH_CREDITS_ADDRESS": self.ports.address("credits"),
                 "GENMESH_JWKS_LISTEN_ADDRESS": self.ports.address("gateway-jwks"),
                 "GENMESH_SIGNING_KEYS_DIR": str(self.signing_keys_dir),
                 "GENMESH_ADMIN_EMAIL": self.admin_email,
                 "GENMESH_ADMIN_PASSWORD": self.admin_password,
             },
-            after=self._schema("gateway"),
+            after=(*self._schema("gateway"), "redis"),
         )
         yield self._server(
             "credits",
             "credit_service",
-            {
-                "GENMESH_DATABASE_URL": self.database_urls["credit_service"],
-                "GENMESH_GATEWAY_ADDRESS": self.ports.address("gateway"),
-            },
-            after=self._schema("credits"),
+            {"GENMESH_DATABASE_URL": self.database_urls["credit_service"]},
+            after=(*self._schema("credits"), "gateway"),  # who asks it for revocations is ready when it is
         )
-        yield self._server("jobs", "jobs_service", jobs, after=(*self._schema("jobs"), "redis", "s3"))
+        yield self._server("jobs", "jobs_service", jobs, after=(*self._schema("jobs"), "redis", "s3", "gateway"))
         yield self._worker("relay", "relay", jobs, after=(*self._schema("jobs"), "redis"))
         for index in range(self.replicas_inference):
             yield self._server(
@@ -151,7 +160,7 @@ class Mesh:
             role="serve",
             argv=(sys.executable, "-m", service, "serve"),
             phase=Phase.SERVICES,
-            env=self._env({**env, "GENMESH_LISTEN_ADDRESS": address}, name),
+            env=self._env({**env, "GENMESH_LISTEN_ADDRESS": address, "GENMESH_GATEWAY_ADDRESS": self.ports.address("gateway")}, name),
             after=after,
             check=grpc_ready(self.certificates_dir, address, service),
             address=address,
@@ -187,6 +196,5 @@ class Mesh:
         }
         if name is not None:
             chosen["GENMESH_METRICS_ADDRESS"] = self.ports.address(f"{name}-metrics")
-        # The administrator's password is the gateway's alone.
-        inherited = {key: value for key, value in os.environ.items() if key != "GENMESH_ADMIN_PASSWORD"}
-        return inherited | dict(self.environment) | chosen
+        given = dict(os.environ) | dict(self.environment)
+        return {key: value for key, value in given.items() if SECRETS.get(key, name) == name} | chosen

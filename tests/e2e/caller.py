@@ -140,6 +140,32 @@ REGISTER_USER = Method(
 SIGN_IN = Method(
     "/genmesh.identity.v1.IdentityService/SignIn", identity_pb2.SignInRequest, identity_pb2.SignInResponse, "POST", "/v1/sessions"
 )
+_IDENTITY = "/genmesh.identity.v1.IdentityService/"
+GET_SIGN_IN_OPTIONS = Method(
+    _IDENTITY + "GetSignInOptions",
+    identity_pb2.GetSignInOptionsRequest,
+    identity_pb2.GetSignInOptionsResponse,
+    "GET",
+    "/v1/signInOptions",
+)
+REFRESH_SESSION = Method(
+    _IDENTITY + "RefreshSession",
+    identity_pb2.RefreshSessionRequest,
+    identity_pb2.RefreshSessionResponse,
+    "POST",
+    "/v1/sessions:refresh",
+)
+SIGN_OUT = Method(_IDENTITY + "SignOut", identity_pb2.SignOutRequest, identity_pb2.SignOutResponse, "POST", "/v1/sessions:signOut")
+LINK_IDENTITY = Method(
+    _IDENTITY + "LinkIdentity", identity_pb2.LinkIdentityRequest, identity_pb2.LinkIdentityResponse, "POST", "/v1/me/identities"
+)
+CREATE_API_KEY = Method(
+    _IDENTITY + "CreateApiKey", identity_pb2.CreateApiKeyRequest, identity_pb2.CreateApiKeyResponse, "POST", "/v1/apiKeys"
+)
+LIST_API_KEYS = Method(_IDENTITY + "ListApiKeys", identity_pb2.ListApiKeysRequest, identity_pb2.ListApiKeysResponse, "GET", "/v1/apiKeys")
+REVOKE_API_KEY = Method(
+    _IDENTITY + "RevokeApiKey", identity_pb2.RevokeApiKeyRequest, identity_pb2.RevokeApiKeyResponse, "DELETE", "/v1/apiKeys/{apiKeyId}"
+)
 GET_ME = Method("/genmesh.identity.v1.IdentityService/GetMe", identity_pb2.GetMeRequest, identity_pb2.GetMeResponse, "GET", "/v1/me")
 LIST_USERS = Method(
     "/genmesh.identity.v1.IdentityAdminService/ListUsers",
@@ -155,6 +181,18 @@ UPDATE_USER = Method(
     "PATCH",
     "/v1/admin/users/{userId}",
 )
+LIST_AUDIT_ENTRIES = Method(
+    "/genmesh.identity.v1.IdentityAdminService/ListAuditEntries",
+    identity_pb2.ListAuditEntriesRequest,
+    identity_pb2.ListAuditEntriesResponse,
+    "GET",
+    "/v1/admin/auditEntries",
+)
+CREATE_UPLOAD = Method(_JOBS + "CreateUpload", jobs_pb2.CreateUploadRequest, jobs_pb2.CreateUploadResponse, "POST", "/v1/uploads")
+COMPLETE_UPLOAD = Method(
+    _JOBS + "CompleteUpload", jobs_pb2.CompleteUploadRequest, jobs_pb2.CompleteUploadResponse, "POST", "/v1/uploads/{uploadId}:complete"
+)
+GET_UPLOAD = Method(_JOBS + "GetUpload", jobs_pb2.GetUploadRequest, jobs_pb2.GetUploadResponse, "GET", "/v1/uploads/{uploadId}")
 LIST_MODELS = Method(
     "/genmesh.inference.v1.ModelCatalogService/ListModels",
     inference_pb2.ListModelsRequest,
@@ -372,16 +410,23 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A signed-in user."""
+    """A signed-in user, or a program with one of their keys."""
 
     edge: Edge
     user_id: str
     email: str
     token: str
+    refresh_token: str = ""
+    api_key: str = ""
+
+    @property
+    def credential(self) -> dict[str, str]:
+        """The header that proves who it is."""
+        return {"x-api-key": self.api_key} if self.api_key else bearer(self.token)
 
     async def call(self, method: Method[Request, Response], request: Request, transport: Transport = Transport.GRPC) -> Response:
         """A call as this user. Raises Refusal."""
-        return await self.edge.call(method, request, self.token, transport)
+        return await self.edge.call(method, request, transport=transport, headers=self.credential)
 
     async def submit(self, spec: jobs_pb2.JobSpec | None = None, transport: Transport = Transport.GRPC) -> jobs_pb2.Job:
         """Submit a job."""
@@ -415,7 +460,7 @@ class User:
             method.path, request_serializer=method.request.SerializeToString, response_deserializer=method.response.FromString
         )
         while True:
-            call = stub(request, metadata=tuple(bearer(self.token).items()), timeout=DEADLINE_S)
+            call = stub(request, metadata=tuple(self.credential.items()), timeout=DEADLINE_S)
             try:
                 async for message in call:
                     yield message
@@ -430,7 +475,7 @@ class User:
     async def stream_sse(self, method: Method[Request, Response], request: Request) -> AsyncGenerator[Response]:
         """The same by server-sent events."""
         path, query, _ = rest_form(method, request)
-        headers = {"accept": "text/event-stream", **bearer(self.token)}
+        headers = {"accept": "text/event-stream", **self.credential}
         async with self.edge.http.stream("GET", path, params=httpx.QueryParams(tuple(query)), headers=headers) as reply:
             if not reply.is_success:
                 await reply.aread()

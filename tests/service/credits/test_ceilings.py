@@ -19,6 +19,7 @@ from credit_service.settings import CreditSettings
 from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.client import mesh_channel
+from servicekit.doorkeeper import Doorkeeper
 from tests.service.credits.callers import Signer, refused
 from tests.service.credits.clocked_ledger import ClockedLedger
 
@@ -359,7 +360,7 @@ async def clocked_channel(
 ) -> AsyncIterator[tuple[grpc.aio.Channel, grpc.aio.Channel]]:
     """Channels of jobs_service and of Envoy to a server whose ledger stands still at this very moment."""
     await clocked.set_time(datetime.now(UTC))
-    deps = app.Dependencies(clocked.engine, signer, BalanceFeed(clocked.engine))
+    deps = app.Dependencies(clocked.engine, Doorkeeper(signer), BalanceFeed(clocked.engine))
     async with (
         app.build_server(credit_settings, deps).running(*app.GRPC_SERVICES) as server,
         mesh_channel(credit_settings, f"127.0.0.1:{server.port}", caller="jobs_service", service=app.SERVICE) as jobs,

@@ -28,8 +28,8 @@ from credit_service.prices import PriceTable, load_prices
 from credit_service.settings import CreditSettings
 from gateway import app as gateway_app
 from gateway.accounts import Accounts
+from gateway.admin import Administration
 from gateway.settings import GatewaySettings
-from gateway.tokens import SigningKeys
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from servicekit import database
 from servicekit.client import mesh_channel
@@ -526,12 +526,13 @@ class Gateway:
     """A running gateway."""
 
     accounts: Accounts
+    administration: Administration
     engine: AsyncEngine
     port: int
 
 
 @pytest_asyncio.fixture
-async def gateway(postgres: Databases, certificates: Path, tmp_path: Path) -> AsyncIterator[Gateway]:
+async def gateway(postgres: Databases, redis_url: str, certificates: Path, tmp_path: Path) -> AsyncIterator[Gateway]:
     """The real gateway over a database of its own."""
     settings = GatewaySettings.model_validate(
         {
@@ -541,27 +542,27 @@ async def gateway(postgres: Databases, certificates: Path, tmp_path: Path) -> As
             "drain_s": 0,
             "password_hash_memory_kib": 1024,
             "password_hash_iterations": 1,
+            "redis_url": redis_url,
+            "redis_prefix": f"test-{uuid.uuid4().hex}",
         }
     )
     migrated = DatabaseSettings.model_validate({"database_url": settings.database_url})
     await asyncio.to_thread(database.migrate, migrated, package="gateway", schema=gateway_app.SCHEMA)
-    engine = database.create_engine(settings, schema=gateway_app.SCHEMA, application="test")
-    passwords = gateway_app.build_passwords(settings)
-    deps = gateway_app.Dependencies(engine, SigningKeys.open(settings.signing_keys_dir), passwords)
-    async with gateway_app.build_server(settings, deps).running(*gateway_app.SERVICE_NAMES) as server:
-        yield Gateway(gateway_app.build_accounts(settings, deps), engine, server.port)
-    passwords.close()
-    await engine.dispose()
+    async with (
+        gateway_app.open_dependencies(settings) as deps,
+        gateway_app.build_server(settings, deps).running(*gateway_app.SERVICE_NAMES) as server,
+    ):
+        yield Gateway(gateway_app.build_accounts(settings, deps), Administration(deps.engine), deps.engine, server.port)
 
 
 async def test_who_changes_the_plan_to_and_fro_gets_the_month_once(
     engine: AsyncEngine, credit_settings: CreditSettings, gateway: Gateway
 ) -> None:
-    account = await gateway.accounts.register(email="eve@example.org", password="correct horse battery", display_name="")
+    account = await gateway.accounts.register(email="eve@example.org", password="correct horse battery", display_name="", client_address="")
     async with replicas(credit_settings, engine, gateway.port) as make:
         granted: list[int | None] = []
         for plan in ("PLAN_PRO", "PLAN_FREE", "PLAN_PRO", "PLAN_FREE", "PLAN_PRO"):
-            await gateway.accounts.update(account.user_id, actor_id="test", plan=plan)
+            await gateway.administration.update(account.user_id, actor_id="test", plan=plan)
             await round_is_due(engine)
             granted.append(await make().round())
     assert granted == [1, 0, 0, 0, 0]

@@ -19,6 +19,7 @@ from credit_service.balances import NOTICE_USERS_MAX, READ_USERS_MAX, USER_WATCH
 from credit_service.ledger import Balance
 from genmesh.credits.v1 import credits_pb2 as pb
 from servicekit.errors import MeshError, Reason
+from servicekit.identity import Principal
 from servicekit.process import end
 from servicekit.settings import DatabaseSettings
 from tests.service.credits.callers import Signer, refusal_of
@@ -222,7 +223,7 @@ async def other_process(watched_database: str) -> AsyncIterator[BalanceFeed]:
 
 
 def watching(feed: BalanceFeed, user_id: uuid.UUID, *, expire_time: float | None = None) -> "aclosing[Watch]":
-    return aclosing(feed.watch(user_id, expire_time=expire_time))
+    return aclosing(feed.watch(user_id, caller=Principal(expire_time=expire_time)))
 
 
 async def next_of(watch: Watch) -> Balance:
@@ -416,7 +417,7 @@ async def test_a_watch_may_end_before_its_first_balance(this_process: BalanceFee
         gate.shut()
         this_process.changed(user_id)
         await gate.held.wait()
-        hasty = asyncio.create_task(next_of(this_process.watch(uuid.uuid4(), expire_time=None)))
+        hasty = asyncio.create_task(next_of(this_process.watch(uuid.uuid4(), caller=Principal())))
         await eventually(lambda: gauge() == 2)
         await end({hasty})
         await eventually(lambda: gauge() == 1)
@@ -606,7 +607,7 @@ async def test_one_process_takes_so_many_watches(watched_engine: AsyncEngine):
 
 async def refused_as_too_many(feed: BalanceFeed, user_id: uuid.UUID) -> None:
     with pytest.raises(MeshError) as raised:
-        await next_of(feed.watch(user_id, expire_time=None))
+        await next_of(feed.watch(user_id, caller=Principal()))
     assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
 
 
@@ -627,7 +628,7 @@ async def test_watches_end_with_the_process(watched_engine: AsyncEngine, user_id
             await waiting
         assert raised.value.code is grpc.StatusCode.UNAVAILABLE
         with pytest.raises(MeshError, match="going away"):
-            await next_of(feed.watch(user_id, expire_time=None))
+            await next_of(feed.watch(user_id, caller=Principal()))
 
 
 async def test_an_error_nobody_foresaw_ends_the_feed(watched_engine: AsyncEngine, user_id: uuid.UUID, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ import os
 import signal
 import ssl
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from gateway import app
 from gateway.tables import metadata
-from gateway.tokens import FIRST_KEY
+from gateway.tokens import ACTIVATION_S
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from servicekit.client import mesh_channel
 from servicekit.database import create_engine, transaction
@@ -47,11 +48,10 @@ def verifier(gateway: Any, certificates: Path) -> TokenVerifier:
     return TokenVerifier(keys, issuer=gateway.settings.token_issuer, audience=gateway.settings.token_audience)
 
 
-def add_key(directory: Path, name: str, *, newer_than: Path) -> None:
+def add_key(directory: Path, name: str, *, modified_at_s: float) -> None:
     file = directory / name
     file.write_bytes(Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    modified_ns = newer_than.stat().st_mtime_ns + 1_000_000_000
-    os.utime(file, ns=(modified_ns, modified_ns))
+    os.utime(file, (modified_at_s, modified_at_s))
 
 
 async def start_process(role: str, environment: dict[str, str]) -> asyncio.subprocess.Process:
@@ -77,9 +77,11 @@ async def test_keys_are_json_for_mesh_certificates_only(gateway: Any, certificat
 
 
 async def test_rotation_overlaps(start_gateway: Any, certificates: Path, tmp_path: Path) -> None:
+    now = time.time()
+    add_key(tmp_path, "first.pem", modified_at_s=now - 2 * ACTIVATION_S - 60)
     before = await start_gateway(signing_keys_dir=tmp_path)
     old_user, old_token = await access_token(before)
-    add_key(tmp_path, "second.pem", newer_than=tmp_path / FIRST_KEY)
+    add_key(tmp_path, "second.pem", modified_at_s=now - ACTIVATION_S - 60)
     after = await start_gateway(signing_keys_dir=tmp_path)
     assert after.keys.key_id != before.keys.key_id
     new_user, new_token = await access_token(after)
@@ -88,6 +90,33 @@ async def test_rotation_overlaps(start_gateway: Any, certificates: Path, tmp_pat
     # The gateway itself, too.
     me = await after.users.GetMe(identity_pb2.GetMeRequest(), metadata=[("authorization", f"Bearer {old_token}")])
     assert me.user.user_id == old_user
+
+
+async def test_a_key_made_by_hand_is_published_by_a_running_gateway_and_signs_later(
+    start_gateway: Any, certificates: Path, tmp_path: Path
+) -> None:
+    gateway = await start_gateway(signing_keys_dir=tmp_path)
+    old = gateway.keys.key_id
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "gateway",
+        "rotate-keys",
+        env={name: value for name, value in os.environ.items() if not name.startswith("GENMESH_")}
+        | {"GENMESH_SIGNING_KEYS_DIR": str(tmp_path)},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    stdout, _ = await process.communicate()
+    assert process.returncode == 0
+    new = stdout.decode().partition(":")[0]
+    published = RemoteKeys(gateway.jwks_url, TlsFiles.of(certificates, "jobs_service"))
+    async with asyncio.timeout(60):
+        while await published.get(new) is None:  # noqa: ASYNC110  # asks anew every two seconds
+            await asyncio.sleep(0.1)
+    assert await published.get(old) is not None
+    assert gateway.keys.key_id == old
+    _, token = await access_token(gateway)
+    await verifier(gateway, certificates).verify(token)
 
 
 async def test_the_migration_makes_what_the_tables_say_also_by_two_at_once(postgres: Any) -> None:
@@ -131,6 +160,7 @@ async def test_the_process_makes_its_administrator_serves_and_leaves_with_0(
     email = f"root-{uuid.uuid4().hex}@example.org"
     environment = os.environ | {
         "GENMESH_DATABASE_URL": database_url,
+        "GENMESH_REDIS_URL": gateway.settings.redis_url.get_secret_value(),
         "GENMESH_CERTIFICATES_DIR": str(certificates),
         "GENMESH_SIGNING_KEYS_DIR": str(tmp_path),
         "GENMESH_JWKS_LISTEN_ADDRESS": "127.0.0.1:0",

@@ -241,7 +241,7 @@ def test_accounts_from_before_get_the_time_they_were_made(postgres: Any) -> None
             settings,
             "SELECT count(*) FILTER (WHERE plan_start_time = create_time), count(*) FILTER (WHERE plan_start_time > create_time)"
             " FROM users",
-            "SELECT count(*) FROM pg_proc WHERE pronamespace = 'gateway'::regnamespace",
+            "SELECT count(*) FROM pg_proc WHERE pronamespace = 'gateway'::regnamespace AND prokind = 'p'",
             "SELECT is_nullable FROM information_schema.columns WHERE table_name = 'users' AND column_name = 'plan_start_time'",
         )
     )

@@ -26,6 +26,7 @@ from inference_service.catalogue import Catalogue
 from inference_service.model_host import ModelHost
 from inference_service.settings import InferenceSettings
 from servicekit.client import mesh_channel
+from servicekit.doorkeeper import Doorkeeper
 from servicekit.identity import RemoteKeys
 from servicekit.objects import ObjectStore
 from servicekit.server import MeshServer
@@ -102,7 +103,7 @@ async def start_service(stack: AsyncExitStack, settings: InferenceSettings) -> S
     store = stack.enter_context(ObjectStore(settings))
     keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, "inference_service"))
     host = build_host(settings, catalogue)
-    server = build_server(settings, Dependencies(catalogue, host, store, keys))
+    server = build_server(settings, Dependencies(catalogue, host, store, Doorkeeper(keys)))
     await stack.enter_async_context(host.running(server.draining))
     await stack.enter_async_context(server.running(*SERVED))
     channel = mesh_channel(settings, f"127.0.0.1:{server.port}", caller="jobs_service", service="inference_service")

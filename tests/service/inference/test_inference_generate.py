@@ -15,6 +15,7 @@ from genmesh.inference.v1 import inference_pb2
 from genmesh.jobs.v1 import jobs_pb2
 from inference_service.app import SERVED, Dependencies, build_server
 from servicekit.client import mesh_channel
+from servicekit.doorkeeper import Doorkeeper
 from servicekit.identity import RemoteKeys
 from servicekit.objects import ObjectStore
 from servicekit.tls import TlsFiles
@@ -214,7 +215,7 @@ async def test_store_that_is_gone_is_unavailable(service: Service) -> None:
         settings = service.settings.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
         store = stack.enter_context(ObjectStore(settings))
         keys = RemoteKeys(settings.jwks_url, TlsFiles.of(settings.certificates_dir, "inference_service"))
-        server = build_server(settings, Dependencies(service.catalogue, service.host, store, keys))
+        server = build_server(settings, Dependencies(service.catalogue, service.host, store, Doorkeeper(keys)))
         await stack.enter_async_context(server.running(*SERVED))
         channel = mesh_channel(settings, f"127.0.0.1:{server.port}", caller="jobs_service", service="inference_service")
         client = client_of(await stack.enter_async_context(channel))

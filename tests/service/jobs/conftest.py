@@ -26,6 +26,8 @@ from jobs_service.settings import DispatchSettings
 from jobs_service.tables import metadata
 from servicekit import database, streams
 from servicekit.client import mesh_channel
+from servicekit.doorkeeper import Doorkeeper
+from servicekit.limits import RateLimiter
 from servicekit.objects import ObjectStore
 from servicekit.settings import RedisSettings
 from tests.service.credits.callers import Signer
@@ -70,7 +72,9 @@ async def credits_address(credits_database: str, certificates: Path, credits_sig
     """A running credit_service with its own database."""
     settings = CreditSettings.model_validate({"database_url": credits_database, "certificates_dir": certificates, "drain_s": 0})
     engine = credits_app.create_engine(settings)
-    deps = credits_app.Dependencies(engine=engine, keys=credits_signer, feed=BalanceFeed(engine))  # nobody here watches a balance
+    deps = credits_app.Dependencies(
+        engine=engine, door=Doorkeeper(credits_signer), feed=BalanceFeed(engine)
+    )  # nobody here watches a balance
     server = credits_app.build_server(settings, deps)
     try:
         async with server.running(*credits_app.GRPC_SERVICES):
@@ -125,6 +129,14 @@ async def client(settings: DispatchSettings) -> AsyncIterator["redis.Redis"]:
     yield client
     await client.flushdb()
     await client.aclose()
+
+
+@pytest_asyncio.fixture
+async def rates(settings: DispatchSettings) -> AsyncIterator[RateLimiter]:
+    """Rates counted in Redis."""
+    rates = RateLimiter(settings)
+    yield rates
+    await rates.aclose()
 
 
 @pytest_asyncio.fixture
@@ -204,10 +216,16 @@ def balance(edge_channel_to_credits: grpc.aio.Channel, credits_signer: Signer) -
 
 @pytest_asyncio.fixture
 async def world(
-    engine: AsyncEngine, client: "redis.Redis", ledger: Ledger, media: ObjectStore, settings: DispatchSettings, fund: Fund
+    engine: AsyncEngine,
+    client: "redis.Redis",
+    ledger: Ledger,
+    media: ObjectStore,
+    settings: DispatchSettings,
+    rates: RateLimiter,
+    fund: Fund,
 ) -> World:
     """jobs_service over real stores, with an owner who has 1,000 millicredits."""
-    world = World(engine, client, ledger, media, settings)
+    world = World(engine, client, ledger, media, settings, rates)
     await fund(world.owner, 1000)
     return world
 

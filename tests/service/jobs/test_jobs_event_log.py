@@ -17,6 +17,7 @@ from jobs_service.lifecycle import Job, State
 from jobs_service.watch import Hub, WatchRequest, WatchStream
 from servicekit import streams
 from servicekit.errors import not_found
+from servicekit.identity import Principal
 from tests.service.jobs.redis_servers import RedisProcess
 from tests.service.jobs.world import World, eventually, new_job, running, within
 
@@ -195,7 +196,7 @@ async def watching(
     shelf: Shelf, log: EventLog, hub: Hub, *job_ids: uuid.UUID, token: str = ""
 ) -> AsyncGenerator[AsyncIterator[jobs_pb2.WatchJobsResponse]]:
     stream = WatchStream(hub, log, shelf.snapshots, checkpoint_interval_s=60)
-    messages = stream.run(WatchRequest(shelf.owner, tuple(map(str, job_ids)), token, None))
+    messages = stream.run(WatchRequest(shelf.owner, tuple(map(str, job_ids)), token, Principal()))
 
     async def parsed() -> AsyncGenerator[jobs_pb2.WatchJobsResponse]:
         async for data in messages:

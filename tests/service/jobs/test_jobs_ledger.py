@@ -35,6 +35,7 @@ from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, unavailable
 from servicekit.identity import ALGORITHM, TokenVerifier
 from servicekit.interceptors import Authentication, Errors, Interceptor, Validation
+from servicekit.limits import RateLimiter
 from servicekit.objects import ObjectStore
 from tests.service.jobs.world import HOLD_TTL_S, SPEC, World, new_job, submit
 
@@ -91,7 +92,7 @@ def books() -> Books:
 
 @pytest_asyncio.fixture
 async def world(
-    engine: AsyncEngine, client: "redis.Redis", media: ObjectStore, settings: DispatchSettings, books: Books
+    engine: AsyncEngine, client: "redis.Redis", media: ObjectStore, settings: DispatchSettings, rates: RateLimiter, books: Books
 ) -> AsyncIterator[World]:
     """jobs_service over real stores and those books."""
     server = grpc.aio.server()
@@ -99,7 +100,7 @@ async def world(
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        world = World(engine, client, Ledger(channel, timeout_s=5, hold_ttl_s=HOLD_TTL_S), media, settings)
+        world = World(engine, client, Ledger(channel, timeout_s=5, hold_ttl_s=HOLD_TTL_S), media, settings, rates)
         await world.offer()
         yield world
     await server.stop(0)
@@ -255,7 +256,7 @@ class Door:
         return self._key if key_id == "key" else None
 
     async def call(
-        self, method: str, message: Message, response: type[Message], user_id: uuid.UUID, roles: Sequence[str] = (), **claims: str
+        self, method: str, message: Message, response: type[Message], user_id: uuid.UUID, roles: Sequence[str] = (), **claims: Any
     ) -> Any:
         assert self.channel is not None
         now = int(time.time())
@@ -271,7 +272,10 @@ async def door(world: World, books: Books) -> AsyncIterator[Door]:
     layers = [Errors(), Authentication(TokenVerifier(door, issuer="i", audience="a")), Validation()]
     server = grpc.aio.server(interceptors=[Interceptor(layers)])
     deletions = Deletions(world.engine, world.media, world.log, world.delivery)
-    servicer = JobsServicer(world.jobs(), world.dead_letters(), deletions, Hub(world.log), world.log, checkpoint_interval_s=60)
+    limits = world.limits()
+    servicer = JobsServicer(
+        world.jobs(), world.dead_letters(), deletions, Hub(world.log), world.log, limits=limits, checkpoint_interval_s=60
+    )
     jobs_pb2_grpc.add_JobsServiceServicer_to_server(servicer, server)
     jobs_pb2_grpc.add_JobsAdminServiceServicer_to_server(JobsAdminServicer(world.dead_letters(), queue_stats(world.engine)), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -288,7 +292,7 @@ REQUEUE = "/genmesh.jobs.v1.JobsAdminService/RequeueDeadLetter"
 
 
 async def test_the_key_of_the_token_is_the_key_of_the_hold(world: World, books: Books, door: Door):
-    claims = {"api_key_id": str(KEY)}
+    claims = {"api_key_id": str(KEY), "scopes": ["submit"]}
     await door.call(CREATE, request(), jobs_pb2.CreateJobResponse, world.owner, **claims)
     await door.call(BATCH, jobs_pb2.BatchCreateJobsRequest(requests=[request()]), jobs_pb2.BatchCreateJobsResponse, world.owner, **claims)
     await door.call(CREATE, request(), jobs_pb2.CreateJobResponse, world.owner)
@@ -300,7 +304,7 @@ async def test_the_key_of_the_token_is_the_key_of_the_hold(world: World, books: 
 async def test_an_administrators_own_key_pays_for_nobody(world: World, books: Books, door: Door):
     job = await ended(world, State.FAILED, api_key_id=OTHER_KEY)
     one = jobs_pb2.RequeueDeadLetterRequest(job_id=str(job.job_id))
-    await door.call(REQUEUE, one, jobs_pb2.RequeueDeadLetterResponse, uuid.uuid4(), ["admin"], api_key_id=str(KEY))
+    await door.call(REQUEUE, one, jobs_pb2.RequeueDeadLetterResponse, uuid.uuid4(), ["admin"], api_key_id=str(KEY), scopes=["admin"])
     assert [hold.api_key_id for hold in books.holds] == [str(OTHER_KEY)]
 
 

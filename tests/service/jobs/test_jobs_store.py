@@ -18,7 +18,7 @@ from jobs_service.lifecycle import TRANSITIONS, Failure, Job, Priority, State
 from jobs_service.store import Duty, Level, Pace, Retry
 from jobs_service.tables import deletions, jobs, outbox, requests, retries, workers
 from servicekit.database import transaction
-from tests.service.jobs.world import new_job, submit
+from tests.service.jobs.world import new_job, note, submit
 
 OWNER = uuid.UUID(int=1)
 FAILURE = Failure(error=b"\x08\x0a", reason="ERROR_REASON_WORKER_LOST", fingerprint="f" * 16)
@@ -265,33 +265,37 @@ async def test_the_first_wish_to_cancel_keeps_its_time(engine: AsyncEngine):
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
+async def find(connection: AsyncConnection, request_id: uuid.UUID) -> store.Request | None:
+    return (await store.find_requests(connection, OWNER, [request_id])).get(request_id)
+
+
 async def test_a_request_is_added_once(engine: AsyncEngine):
     request_id, first, second = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
     async with transaction(engine) as connection:
-        assert await store.add_request(connection, OWNER, request_id, digest=b"d", job_id=first, intent=b"i")
+        assert await note(connection, new_job(OWNER, job_id=first), request_id, intent=b"i")
     async with transaction(engine) as connection:
-        assert not await store.add_request(connection, OWNER, request_id, digest=b"d", job_id=second, intent=b"i")
-        assert await store.add_request(connection, uuid.uuid4(), request_id, digest=b"d", job_id=second, intent=b"i")  # of another owner
-        known = await store.find_request(connection, OWNER, request_id)
-    assert known == store.Request(b"d", first, b"i", False)
+        assert not await note(connection, new_job(OWNER, job_id=second), request_id)
+        assert await note(connection, new_job(uuid.uuid4(), job_id=second), request_id)  # of another owner
+        known = await store.find_requests(connection, OWNER, [request_id, uuid.uuid4()])
+    assert known == {request_id: store.Request(b"d", first, b"i", False)}
 
 
 async def test_a_request_becomes_a_job_once(engine: AsyncEngine):
     job, request_id = new_job(OWNER), uuid.uuid4()
     async with transaction(engine) as connection:
-        await store.add_request(connection, OWNER, request_id, digest=b"d", job_id=job.job_id, intent=b"i")
+        await note(connection, job, request_id)
         first = await store.commit_job(connection, job, request_id, fallback_s=9)
         assert first is not None
         assert [row.duty for row in first[1]] == [Duty.ANNOUNCE]
         assert await store.commit_job(connection, job, request_id, fallback_s=9) == (first[0], [])
         await store.delete_request(connection, OWNER, request_id, job.job_id)
-        assert await store.find_request(connection, OWNER, request_id) == store.Request(b"d", job.job_id, None, False)
+        assert await find(connection, request_id) == store.Request(b"d", job.job_id, None, False)
 
 
 async def test_an_abandoned_request_becomes_no_job(engine: AsyncEngine):
     job, request_id = new_job(OWNER), uuid.uuid4()
     async with transaction(engine) as connection:
-        await store.add_request(connection, OWNER, request_id, digest=b"d", job_id=job.job_id, intent=b"i")
+        await note(connection, job, request_id)
     async with transaction(engine) as connection:
         assert await store.abandon_requests(connection, older_than_s=60, limit=9) == []
         expected = [(OWNER, request_id, job.job_id)]
@@ -299,9 +303,9 @@ async def test_an_abandoned_request_becomes_no_job(engine: AsyncEngine):
         assert await store.abandon_requests(connection, older_than_s=0, limit=9) == expected  # until its hold is released
         assert await store.commit_job(connection, job, request_id, fallback_s=0) is None
         await store.delete_request(connection, OWNER, request_id, uuid.uuid4())
-        assert await store.find_request(connection, OWNER, request_id) is not None
+        assert await find(connection, request_id) is not None
         await store.delete_request(connection, OWNER, request_id, job.job_id)
-        assert await store.find_request(connection, OWNER, request_id) is None
+        assert await find(connection, request_id) is None
         assert await store.commit_job(connection, job, request_id, fallback_s=0) is None
 
 
@@ -813,11 +817,11 @@ async def test_old_requests_are_forgotten_once_their_jobs_are_gone(engine: Async
         await fulfilled(connection, gone)
         assert await store.delete_job(connection, gone) is not None
         unfinished = uuid.uuid4()  # its job may still come to be
-        await store.add_request(connection, OWNER, unfinished, digest=b"", job_id=uuid.uuid4(), intent=b"i")
+        await note(connection, new_job(OWNER), unfinished)
         assert await store.delete_old_requests(connection, older_than_s=60, limit=9) == 0
         await connection.execute(sa.update(requests).values(create_time=sa.func.now() - timedelta(seconds=61)))
         assert await store.delete_old_requests(connection, older_than_s=60, limit=0) == 0
         assert await store.delete_old_requests(connection, older_than_s=60, limit=9) == 1
         assert await rows(connection, requests) == 2
-        assert await store.find_request(connection, OWNER, unfinished) is not None
+        assert await find(connection, unfinished) is not None
         assert (await connection.execute(sa.select(requests.c.job_id).where(requests.c.intent.is_(None)))).scalar_one() == there.job_id

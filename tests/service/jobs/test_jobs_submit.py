@@ -109,8 +109,7 @@ async def test_credits_away_means_try_again_and_the_repeat_goes_on_with_the_same
     error = await refused(world.jobs(ledger=no_ledger).create(world.owner, PLAN, body))
     assert error.code is grpc.StatusCode.UNAVAILABLE
     async with transaction(world.engine) as connection:
-        noted = await store.find_request(connection, world.owner, uuid.UUID(body.request_id))
-    assert noted is not None
+        (noted,) = (await store.find_requests(connection, world.owner, [uuid.UUID(body.request_id)])).values()
     job = await jobs.create(world.owner, PLAN, body)
     assert job.job_id == str(noted.job_id)
     assert await balance(world.owner) == (900, 100)

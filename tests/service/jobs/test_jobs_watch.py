@@ -21,6 +21,7 @@ from jobs_service.lifecycle import Failure, Job, State
 from jobs_service.watch import SERIALISED, Hub, WatchRequest, WatchStream
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason
+from servicekit.identity import Principal
 from tests.service.jobs.world import World, eventually, running, within
 
 
@@ -74,7 +75,7 @@ async def watching(
     owner: uuid.UUID | None = None,
 ) -> AsyncGenerator[Client]:
     stream = WatchStream(hub, world.log, world.jobs().snapshots, checkpoint_interval_s=checkpoint_interval_s)
-    request = WatchRequest(owner or world.owner, tuple(str(job.job_id) for job in jobs), token, expire_time)
+    request = WatchRequest(owner or world.owner, tuple(str(job.job_id) for job in jobs), token, Principal(expire_time=expire_time))
     messages = stream.run(request)
     try:
         yield Client(messages)
@@ -304,7 +305,7 @@ async def test_a_watch_of_everything_that_starts_over_passes_over_what_was_delet
 
 async def test_a_watch_of_everything_remembers_nothing_of_ended_jobs(world: World, hub: Hub):
     stream = WatchStream(hub, world.log, world.jobs().snapshots, checkpoint_interval_s=60)
-    messages = stream.run(WatchRequest(world.owner, (), "", None))
+    messages = stream.run(WatchRequest(world.owner, (), "", Principal()))
     client = Client(messages)
     try:
         await client.next()
@@ -324,7 +325,7 @@ async def test_a_watch_of_everything_remembers_nothing_of_ended_jobs(world: Worl
 async def test_what_a_watch_of_everything_remembers_is_bounded(world: World, hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(watch, "KNOWN_MAX", 2)
     stream = WatchStream(hub, world.log, world.jobs().snapshots, checkpoint_interval_s=60)
-    messages = stream.run(WatchRequest(world.owner, (), "", None))
+    messages = stream.run(WatchRequest(world.owner, (), "", Principal()))
     client = Client(messages)
     try:
         await client.next()

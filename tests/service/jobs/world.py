@@ -26,12 +26,14 @@ from jobs_service.events import EventLog, Position, StoredEvent
 from jobs_service.jobs import Jobs
 from jobs_service.ledger import Ledger
 from jobs_service.lifecycle import Job, Priority, State
+from jobs_service.limits import Limits, WatchLeases
 from jobs_service.queue import JobQueue
 from jobs_service.quotes import Quotes
 from jobs_service.relay import Relay
-from jobs_service.settings import DispatchSettings
+from jobs_service.settings import DispatchSettings, PlanLimits
 from servicekit.database import transaction
 from servicekit.errors import MeshError
+from servicekit.limits import RateLimiter
 from servicekit.objects import ObjectStore
 from servicekit.process import end
 
@@ -110,10 +112,16 @@ def new_job(owner_id: uuid.UUID, **changes: Any) -> Job:
     return replace(job, **changes)
 
 
+async def note(connection: AsyncConnection, job: Job, request_id: uuid.UUID, *, intent: bytes = b"{}") -> bool:
+    """Note that a job is about to be submitted; False when the request is known."""
+    one = store.Note(request_id, b"d", job.job_id, intent, job.estimated_cost)
+    return (await store.note_requests(connection, job.owner_id, [one])).noted == frozenset({request_id})
+
+
 async def submit(connection: AsyncConnection, job: Job) -> Job:
     """Commit a job as a submit does."""
     request_id = uuid.uuid4()
-    assert await store.add_request(connection, job.owner_id, request_id, digest=b"", job_id=job.job_id, intent=b"{}")
+    await note(connection, job, request_id)
     committed = await store.commit_job(connection, job, request_id, fallback_s=0)
     assert committed is not None
     return committed[0]
@@ -208,7 +216,13 @@ class World:
     """jobs_service over real stores, with keys of its own in Redis and an owner nobody has heard of."""
 
     def __init__(
-        self, engine: AsyncEngine, client: "redis.Redis", ledger: Ledger, media: ObjectStore, dispatch_settings: DispatchSettings
+        self,
+        engine: AsyncEngine,
+        client: "redis.Redis",
+        ledger: Ledger,
+        media: ObjectStore,
+        dispatch_settings: DispatchSettings,
+        rates: RateLimiter,
     ) -> None:
         self.engine = engine
         self.client = client
@@ -218,6 +232,7 @@ class World:
         self.prefix = dispatch_settings.redis_prefix
         self.lease_s = dispatch_settings.lease_seconds
         self.owner = uuid.uuid4()
+        self.rates = rates
         self.log = self.event_log(client)
         self.queue = self.worker_queue("")
         self.delivery = self.delivery_over(client)
@@ -233,7 +248,13 @@ class World:
         queue = JobQueue(client, self.prefix, lease_s=self.lease_s, owner_limits=self.settings.owner_limits)
         return Delivery(self.engine, queue, self.event_log(client), ledger or self.ledger, presign)
 
-    def jobs(self, *, client: "redis.Redis | None" = None, ledger: Ledger | None = None) -> Jobs:
+    def limits(self, *, client: "redis.Redis | None" = None, rates: RateLimiter | None = None, **changes: int) -> Limits:
+        """Limits that nobody meets but those that a test sets."""
+        plan = PlanLimits(**({"submits_per_minute": 0, "open_jobs": 500, "queued_millicredits": 10**9, "watches": 500} | changes))
+        leases = WatchLeases(client or self.client, self.prefix, lease_s=self.lease_s)
+        return Limits(dict.fromkeys(Priority, plan), rates or self.rates, leases)
+
+    def jobs(self, *, client: "redis.Redis | None" = None, ledger: Ledger | None = None, limits: Limits | None = None) -> Jobs:
         client, ledger = client or self.client, ledger or self.ledger
         return Jobs(
             self.engine,
@@ -245,11 +266,12 @@ class World:
             quote_ttl_s=60,
             hold_ttl_s=HOLD_TTL_S,
             owner_limits=self.settings.owner_limits,
+            limits=limits or self.limits(),
         )
 
-    def dead_letters(self, *, ledger: Ledger | None = None) -> DeadLetters:
+    def dead_letters(self, *, ledger: Ledger | None = None, limits: Limits | None = None) -> DeadLetters:
         ledger = ledger or self.ledger
-        return DeadLetters(self.engine, ledger, self.delivery_over(self.client, ledger))
+        return DeadLetters(self.engine, ledger, self.delivery_over(self.client, ledger), limits or self.limits())
 
     def relay(self, *, lease_s: float | None = None) -> Relay:
         return Relay(

@@ -99,6 +99,26 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_SIGNATURE_INVALID: _ErrorReason.ValueType  # 34
     """UNAUTHENTICATED: the signature of a payment provider's notice does not verify, or is too old."""
+    ERROR_REASON_TOKEN_REVOKED: _ErrorReason.ValueType  # 35
+    """UNAUTHENTICATED: the session, API key or account behind the access token was signed out, revoked, disabled or
+    changed since; refresh the session or sign in again.
+    """
+    ERROR_REASON_API_KEY_INVALID: _ErrorReason.ValueType  # 36
+    """UNAUTHENTICATED: the API key is unknown, expired or revoked; which of them is not told."""
+    ERROR_REASON_SCOPE_MISSING: _ErrorReason.ValueType  # 37
+    """PERMISSION_DENIED: the API key lacks the scope that this call needs. Metadata: `scope` (`read`, `submit`, `admin`;
+    empty: no key may do this).
+    """
+    ERROR_REASON_ID_TOKEN_INVALID: _ErrorReason.ValueType  # 38
+    """UNAUTHENTICATED: the ID token or authorization code of another identity provider does not verify."""
+    ERROR_REASON_UPLOAD_INVALID: _ErrorReason.ValueType  # 39
+    """FAILED_PRECONDITION: the upload has not arrived, or is not what was announced. Metadata: `upload_id`."""
+    ERROR_REASON_PASSWORD_BREACHED: _ErrorReason.ValueType  # 40
+    """INVALID_ARGUMENT: the password is known from a breach of another site; choose another."""
+    ERROR_REASON_IDENTITY_TAKEN: _ErrorReason.ValueType  # 41
+    """ALREADY_EXISTS: the identity at the other provider belongs to another account, or the account has one there."""
+    ERROR_REASON_LAST_ADMIN: _ErrorReason.ValueType  # 42
+    """FAILED_PRECONDITION: this would leave nobody with the role `admin`."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the machine-readable reason of a refusal; clients branch on it, never on the message text."""
@@ -178,4 +198,24 @@ QuotaFailure says which; RetryInfo says when it starts anew. Metadata: `period` 
 """
 ERROR_REASON_SIGNATURE_INVALID: ErrorReason.ValueType  # 34
 """UNAUTHENTICATED: the signature of a payment provider's notice does not verify, or is too old."""
+ERROR_REASON_TOKEN_REVOKED: ErrorReason.ValueType  # 35
+"""UNAUTHENTICATED: the session, API key or account behind the access token was signed out, revoked, disabled or
+changed since; refresh the session or sign in again.
+"""
+ERROR_REASON_API_KEY_INVALID: ErrorReason.ValueType  # 36
+"""UNAUTHENTICATED: the API key is unknown, expired or revoked; which of them is not told."""
+ERROR_REASON_SCOPE_MISSING: ErrorReason.ValueType  # 37
+"""PERMISSION_DENIED: the API key lacks the scope that this call needs. Metadata: `scope` (`read`, `submit`, `admin`;
+empty: no key may do this).
+"""
+ERROR_REASON_ID_TOKEN_INVALID: ErrorReason.ValueType  # 38
+"""UNAUTHENTICATED: the ID token or authorization code of another identity provider does not verify."""
+ERROR_REASON_UPLOAD_INVALID: ErrorReason.ValueType  # 39
+"""FAILED_PRECONDITION: the upload has not arrived, or is not what was announced. Metadata: `upload_id`."""
+ERROR_REASON_PASSWORD_BREACHED: ErrorReason.ValueType  # 40
+"""INVALID_ARGUMENT: the password is known from a breach of another site; choose another."""
+ERROR_REASON_IDENTITY_TAKEN: ErrorReason.ValueType  # 41
+"""ALREADY_EXISTS: the identity at the other provider belongs to another account, or the account has one there."""
+ERROR_REASON_LAST_ADMIN: ErrorReason.ValueType  # 42
+"""FAILED_PRECONDITION: this would leave nobody with the role `admin`."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -44,6 +44,34 @@ PLAN_PRO: Plan.ValueType  # 2
 """The paid plan: its jobs go before those of the free plan."""
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
+class _ApiKeyScope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ApiKeyScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ApiKeyScope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    API_KEY_SCOPE_UNSPECIFIED: _ApiKeyScope.ValueType  # 0
+    """Never sent."""
+    API_KEY_SCOPE_READ: _ApiKeyScope.ValueType  # 1
+    """Look at jobs, media, credits."""
+    API_KEY_SCOPE_SUBMIT: _ApiKeyScope.ValueType  # 2
+    """Make, change and remove jobs, and so spend credits. Does not include reading."""
+    API_KEY_SCOPE_ADMIN: _ApiKeyScope.ValueType  # 3
+    """Call administrators' and operators' methods, as far as the roles of the key's owner go."""
+
+class ApiKeyScope(_ApiKeyScope, metaclass=_ApiKeyScopeEnumTypeWrapper):
+    """ApiKeyScope is what a key may do."""
+
+API_KEY_SCOPE_UNSPECIFIED: ApiKeyScope.ValueType  # 0
+"""Never sent."""
+API_KEY_SCOPE_READ: ApiKeyScope.ValueType  # 1
+"""Look at jobs, media, credits."""
+API_KEY_SCOPE_SUBMIT: ApiKeyScope.ValueType  # 2
+"""Make, change and remove jobs, and so spend credits. Does not include reading."""
+API_KEY_SCOPE_ADMIN: ApiKeyScope.ValueType  # 3
+"""Call administrators' and operators' methods, as far as the roles of the key's owner go."""
+Global___ApiKeyScope: _TypeAlias = ApiKeyScope  # noqa: Y015
+
 @_typing.final
 class User(_message.Message):
     """User is an account."""
@@ -56,6 +84,7 @@ class User(_message.Message):
     ROLES_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    DISABLED_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """UUIDv7 of the account."""
     email: _builtins.str
@@ -64,6 +93,8 @@ class User(_message.Message):
     """Name to show."""
     plan: Global___Plan.ValueType
     """What the user pays for."""
+    disabled: _builtins.bool
+    """Whether the account has been disabled: nobody can use it."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Roles beside that of a plain user: `admin`, `operator`."""
@@ -81,10 +112,11 @@ class User(_message.Message):
         roles: _abc.Iterable[_builtins.str] | None = ...,
         plan: Global___Plan.ValueType = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        disabled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "email", b"email", "plan", b"plan", "roles", b"roles", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disabled", b"disabled", "display_name", b"display_name", "email", b"email", "plan", b"plan", "roles", b"roles", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,15 +212,25 @@ class SignInRequest(_message.Message):
     GOOGLE_ID_TOKEN_FIELD_NUMBER: _builtins.int
     FIREBASE_ID_TOKEN_FIELD_NUMBER: _builtins.int
     API_KEY_FIELD_NUMBER: _builtins.int
+    GOOGLE_CODE_FIELD_NUMBER: _builtins.int
+    REFRESH_TOKEN_COOKIE_FIELD_NUMBER: _builtins.int
     google_id_token: _builtins.str
-    """ID token of Google sign-in. Not offered yet: UNIMPLEMENTED (NOT_OFFERED)."""
+    """ID token of Google sign-in, for apps. NOT_OFFERED where GENMESH_GOOGLE_CLIENT_IDS is not set."""
     firebase_id_token: _builtins.str
-    """ID token of Firebase Authentication. Not offered yet: UNIMPLEMENTED (NOT_OFFERED)."""
+    """ID token of Firebase Authentication. NOT_OFFERED where GENMESH_FIREBASE_PROJECT_ID is not set."""
     api_key: _builtins.str
-    """API key. Not offered yet: UNIMPLEMENTED (NOT_OFFERED)."""
+    """API key. Gives an access token with the key's scopes and no refresh token: present the key again."""
+    refresh_token_cookie: _builtins.bool
+    """For browsers: keep the refresh token in a cookie (HttpOnly, Secure, SameSite=Strict) that no script can read.
+    `refresh_token` of the answer is empty then; RefreshSession and SignOut find the cookie by themselves.
+    """
     @_builtins.property
     def password(self) -> Global___PasswordCredential:
         """E-mail address and password."""
+
+    @_builtins.property
+    def google_code(self) -> Global___AuthorizationCode:
+        """Authorization code of Google sign-in, for browsers."""
 
     def __init__(
         self,
@@ -197,16 +239,447 @@ class SignInRequest(_message.Message):
         google_id_token: _builtins.str = ...,
         firebase_id_token: _builtins.str = ...,
         api_key: _builtins.str = ...,
+        google_code: Global___AuthorizationCode | None = ...,
+        refresh_token_cookie: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "credential", b"credential", "firebase_id_token", b"firebase_id_token", "google_id_token", b"google_id_token", "password", b"password"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "credential", b"credential", "firebase_id_token", b"firebase_id_token", "google_code", b"google_code", "google_id_token", b"google_id_token", "password", b"password"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "credential", b"credential", "firebase_id_token", b"firebase_id_token", "google_id_token", b"google_id_token", "password", b"password"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "credential", b"credential", "firebase_id_token", b"firebase_id_token", "google_code", b"google_code", "google_id_token", b"google_id_token", "password", b"password", "refresh_token_cookie", b"refresh_token_cookie"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_credential: _TypeAlias = _typing.Literal["password", "google_id_token", "firebase_id_token", "api_key"]  # noqa: Y015
+    _WhichOneofReturnType_credential: _TypeAlias = _typing.Literal["password", "google_id_token", "firebase_id_token", "api_key", "google_code"]  # noqa: Y015
     _WhichOneofArgType_credential: _TypeAlias = _typing.Literal["credential", b"credential"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_credential) -> _WhichOneofReturnType_credential | None: ...
 
 Global___SignInRequest: _TypeAlias = SignInRequest  # noqa: Y015
+
+@_typing.final
+class AuthorizationCode(_message.Message):
+    """AuthorizationCode is what an identity provider sent a browser back with (OAuth 2.0 authorization code with PKCE)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    CODE_VERIFIER_FIELD_NUMBER: _builtins.int
+    REDIRECT_URI_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """The code."""
+    code_verifier: _builtins.str
+    """The PKCE code verifier (RFC 7636) whose S256 challenge began the sign-in."""
+    redirect_uri: _builtins.str
+    """The redirect URI that began the sign-in; one of GENMESH_GOOGLE_REDIRECT_URIS."""
+    nonce: _builtins.str
+    """The nonce that began the sign-in; the ID token has to carry it."""
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        code_verifier: _builtins.str = ...,
+        redirect_uri: _builtins.str = ...,
+        nonce: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "code_verifier", b"code_verifier", "nonce", b"nonce", "redirect_uri", b"redirect_uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuthorizationCode: _TypeAlias = AuthorizationCode  # noqa: Y015
+
+@_typing.final
+class GetSignInOptionsRequest(_message.Message):
+    """GetSignInOptionsRequest is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSignInOptionsRequest: _TypeAlias = GetSignInOptionsRequest  # noqa: Y015
+
+@_typing.final
+class GetSignInOptionsResponse(_message.Message):
+    """GetSignInOptionsResponse says how people can sign in here. An option that is not set is not offered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOOGLE_FIELD_NUMBER: _builtins.int
+    FIREBASE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def google(self) -> Global___GoogleSignIn:
+        """Google sign-in."""
+
+    @_builtins.property
+    def firebase(self) -> Global___FirebaseSignIn:
+        """Firebase Authentication."""
+
+    def __init__(
+        self,
+        *,
+        google: Global___GoogleSignIn | None = ...,
+        firebase: Global___FirebaseSignIn | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["firebase", b"firebase", "google", b"google"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["firebase", b"firebase", "google", b"google"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSignInOptionsResponse: _TypeAlias = GetSignInOptionsResponse  # noqa: Y015
+
+@_typing.final
+class GoogleSignIn(_message.Message):
+    """GoogleSignIn is what a browser needs to begin a sign-in with Google."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    AUTHORIZATION_ENDPOINT_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    REDIRECT_URIS_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.str
+    """OAuth client id of the browser's sign-in."""
+    authorization_endpoint: _builtins.str
+    """Where to send the browser (parameters: client_id, redirect_uri, response_type=code, scope, state, nonce,
+    code_challenge, code_challenge_method=S256).
+    """
+    scope: _builtins.str
+    """Scopes to ask for, separated by spaces."""
+    @_builtins.property
+    def redirect_uris(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Redirect URIs that the gateway accepts."""
+
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.str = ...,
+        authorization_endpoint: _builtins.str = ...,
+        scope: _builtins.str = ...,
+        redirect_uris: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authorization_endpoint", b"authorization_endpoint", "client_id", b"client_id", "redirect_uris", b"redirect_uris", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GoogleSignIn: _TypeAlias = GoogleSignIn  # noqa: Y015
+
+@_typing.final
+class FirebaseSignIn(_message.Message):
+    """FirebaseSignIn is what an app needs to sign in with Firebase Authentication."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    project_id: _builtins.str
+    """Firebase project whose ID tokens are accepted."""
+    def __init__(
+        self,
+        *,
+        project_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["project_id", b"project_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FirebaseSignIn: _TypeAlias = FirebaseSignIn  # noqa: Y015
+
+@_typing.final
+class LinkIdentityRequest(_message.Message):
+    """LinkIdentityRequest has one proof of an identity elsewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GOOGLE_ID_TOKEN_FIELD_NUMBER: _builtins.int
+    FIREBASE_ID_TOKEN_FIELD_NUMBER: _builtins.int
+    GOOGLE_CODE_FIELD_NUMBER: _builtins.int
+    google_id_token: _builtins.str
+    """ID token of Google sign-in."""
+    firebase_id_token: _builtins.str
+    """ID token of Firebase Authentication."""
+    @_builtins.property
+    def google_code(self) -> Global___AuthorizationCode:
+        """Authorization code of Google sign-in."""
+
+    def __init__(
+        self,
+        *,
+        google_id_token: _builtins.str = ...,
+        firebase_id_token: _builtins.str = ...,
+        google_code: Global___AuthorizationCode | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential", "firebase_id_token", b"firebase_id_token", "google_code", b"google_code", "google_id_token", b"google_id_token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential", "firebase_id_token", b"firebase_id_token", "google_code", b"google_code", "google_id_token", b"google_id_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_credential: _TypeAlias = _typing.Literal["google_id_token", "firebase_id_token", "google_code"]  # noqa: Y015
+    _WhichOneofArgType_credential: _TypeAlias = _typing.Literal["credential", b"credential"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_credential) -> _WhichOneofReturnType_credential | None: ...
+
+Global___LinkIdentityRequest: _TypeAlias = LinkIdentityRequest  # noqa: Y015
+
+@_typing.final
+class LinkIdentityResponse(_message.Message):
+    """LinkIdentityResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkIdentityResponse: _TypeAlias = LinkIdentityResponse  # noqa: Y015
+
+@_typing.final
+class ApiKey(_message.Message):
+    """ApiKey is a key without its secret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    LAST_USE_TIME_FIELD_NUMBER: _builtins.int
+    REVOKE_TIME_FIELD_NUMBER: _builtins.int
+    api_key_id: _builtins.str
+    """UUIDv7 of the key."""
+    display_name: _builtins.str
+    """Name that its owner gave it."""
+    prefix: _builtins.str
+    """The public beginning of the key, by which its owner recognises it."""
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___ApiKeyScope.ValueType]:
+        """What it may do."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it stops working; unset: never."""
+
+    @_builtins.property
+    def last_use_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was last used, to the minute; unset: never."""
+
+    @_builtins.property
+    def revoke_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was revoked; unset: it was not."""
+
+    def __init__(
+        self,
+        *,
+        api_key_id: _builtins.str = ...,
+        display_name: _builtins.str = ...,
+        prefix: _builtins.str = ...,
+        scopes: _abc.Iterable[Global___ApiKeyScope.ValueType] | None = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        last_use_time: _timestamp_pb2.Timestamp | None = ...,
+        revoke_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "last_use_time", b"last_use_time", "revoke_time", b"revoke_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "last_use_time", b"last_use_time", "prefix", b"prefix", "revoke_time", b"revoke_time", "scopes", b"scopes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApiKey: _TypeAlias = ApiKey  # noqa: Y015
+
+@_typing.final
+class CreateApiKeyRequest(_message.Message):
+    """CreateApiKeyRequest describes a new key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    DAILY_CEILING_MILLICREDITS_FIELD_NUMBER: _builtins.int
+    MONTHLY_CEILING_MILLICREDITS_FIELD_NUMBER: _builtins.int
+    display_name: _builtins.str
+    """Name for it, 1 to 100 characters."""
+    daily_ceiling_millicredits: _builtins.int
+    """What its jobs may cost a day (UTC), in millicredits; unset: no ceiling of its own."""
+    monthly_ceiling_millicredits: _builtins.int
+    """What its jobs may cost a calendar month (UTC), in millicredits; unset: no ceiling of its own."""
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___ApiKeyScope.ValueType]:
+        """What it may do; at least one, none twice."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it stops working, in the future; unset: never."""
+
+    def __init__(
+        self,
+        *,
+        display_name: _builtins.str = ...,
+        scopes: _abc.Iterable[Global___ApiKeyScope.ValueType] | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        daily_ceiling_millicredits: _builtins.int | None = ...,
+        monthly_ceiling_millicredits: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_daily_ceiling_millicredits", b"_daily_ceiling_millicredits", "_monthly_ceiling_millicredits", b"_monthly_ceiling_millicredits", "daily_ceiling_millicredits", b"daily_ceiling_millicredits", "expire_time", b"expire_time", "monthly_ceiling_millicredits", b"monthly_ceiling_millicredits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_daily_ceiling_millicredits", b"_daily_ceiling_millicredits", "_monthly_ceiling_millicredits", b"_monthly_ceiling_millicredits", "daily_ceiling_millicredits", b"daily_ceiling_millicredits", "display_name", b"display_name", "expire_time", b"expire_time", "monthly_ceiling_millicredits", b"monthly_ceiling_millicredits", "scopes", b"scopes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__daily_ceiling_millicredits: _TypeAlias = _typing.Literal["daily_ceiling_millicredits"]  # noqa: Y015
+    _WhichOneofArgType__daily_ceiling_millicredits: _TypeAlias = _typing.Literal["_daily_ceiling_millicredits", b"_daily_ceiling_millicredits"]  # noqa: Y015
+    _WhichOneofReturnType__monthly_ceiling_millicredits: _TypeAlias = _typing.Literal["monthly_ceiling_millicredits"]  # noqa: Y015
+    _WhichOneofArgType__monthly_ceiling_millicredits: _TypeAlias = _typing.Literal["_monthly_ceiling_millicredits", b"_monthly_ceiling_millicredits"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__daily_ceiling_millicredits) -> _WhichOneofReturnType__daily_ceiling_millicredits | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__monthly_ceiling_millicredits) -> _WhichOneofReturnType__monthly_ceiling_millicredits | None: ...
+
+Global___CreateApiKeyRequest: _TypeAlias = CreateApiKeyRequest  # noqa: Y015
+
+@_typing.final
+class CreateApiKeyResponse(_message.Message):
+    """CreateApiKeyResponse has the key and, this once, its secret."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEY_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """The whole key as programs send it; it cannot be shown again."""
+    @_builtins.property
+    def api_key(self) -> Global___ApiKey:
+        """The key."""
+
+    def __init__(
+        self,
+        *,
+        api_key: Global___ApiKey | None = ...,
+        secret: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateApiKeyResponse: _TypeAlias = CreateApiKeyResponse  # noqa: Y015
+
+@_typing.final
+class ListApiKeysRequest(_message.Message):
+    """ListApiKeysRequest asks for a page of keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Keys a page: 0 means 50, more than 200 means 200."""
+    page_token: _builtins.str
+    """Opaque token of the page before; empty: first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListApiKeysRequest: _TypeAlias = ListApiKeysRequest  # noqa: Y015
+
+@_typing.final
+class ListApiKeysResponse(_message.Message):
+    """ListApiKeysResponse is a page of keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEYS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty: this was the last."""
+    @_builtins.property
+    def api_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApiKey]:
+        """Keys, newest first."""
+
+    def __init__(
+        self,
+        *,
+        api_keys: _abc.Iterable[Global___ApiKey] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_keys", b"api_keys", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListApiKeysResponse: _TypeAlias = ListApiKeysResponse  # noqa: Y015
+
+@_typing.final
+class RevokeApiKeyRequest(_message.Message):
+    """RevokeApiKeyRequest names a key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
+    api_key_id: _builtins.str
+    """The key."""
+    def __init__(
+        self,
+        *,
+        api_key_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeApiKeyRequest: _TypeAlias = RevokeApiKeyRequest  # noqa: Y015
+
+@_typing.final
+class RevokeApiKeyResponse(_message.Message):
+    """RevokeApiKeyResponse has the key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def api_key(self) -> Global___ApiKey:
+        """The key as it is now."""
+
+    def __init__(
+        self,
+        *,
+        api_key: Global___ApiKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeApiKeyResponse: _TypeAlias = RevokeApiKeyResponse  # noqa: Y015
 
 @_typing.final
 class SignInResponse(_message.Message):
@@ -221,7 +694,7 @@ class SignInResponse(_message.Message):
     access_token: _builtins.str
     """EdDSA-signed JWT; goes into `authorization: Bearer …`."""
     refresh_token: _builtins.str
-    """Opaque token for RefreshSession; works once."""
+    """Opaque token for RefreshSession; works once. Empty for API keys and where a cookie was asked for."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the access token expires (15 minutes by default)."""
@@ -254,7 +727,7 @@ class RefreshSessionRequest(_message.Message):
 
     REFRESH_TOKEN_FIELD_NUMBER: _builtins.int
     refresh_token: _builtins.str
-    """The newest refresh token of the session."""
+    """The newest refresh token of the session; empty: it is in the cookie, where the next one goes too."""
     def __init__(
         self,
         *,
@@ -281,7 +754,7 @@ class RefreshSessionResponse(_message.Message):
     access_token: _builtins.str
     """EdDSA-signed JWT; goes into `authorization: Bearer …`."""
     refresh_token: _builtins.str
-    """The next refresh token; the one sent is used up."""
+    """The next refresh token; the one sent is used up. Empty where the cookie had it."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the access token expires."""
@@ -314,7 +787,7 @@ class SignOutRequest(_message.Message):
 
     REFRESH_TOKEN_FIELD_NUMBER: _builtins.int
     refresh_token: _builtins.str
-    """A refresh token of the session."""
+    """A refresh token of the session; empty: the one in the cookie, or else the session of the access token."""
     def __init__(
         self,
         *,
@@ -452,25 +925,64 @@ class UpdateUserRequest(_message.Message):
 
     USER_ID_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    DISABLED_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The account."""
     plan: Global___Plan.ValueType
     """The new plan; unset: as it is."""
+    disabled: _builtins.bool
+    """Whether the account is disabled; unset: as it is."""
+    @_builtins.property
+    def roles(self) -> Global___Roles:
+        """The new roles beside that of a plain user; unset: as they are."""
+
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
         plan: Global___Plan.ValueType | None = ...,
+        roles: Global___Roles | None = ...,
+        disabled: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_plan", b"_plan", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_disabled", b"_disabled", "_plan", b"_plan", "disabled", b"disabled", "plan", b"plan", "roles", b"roles"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_plan", b"_plan", "plan", b"plan", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disabled", b"_disabled", "_plan", b"_plan", "disabled", b"disabled", "plan", b"plan", "roles", b"roles", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__disabled: _TypeAlias = _typing.Literal["disabled"]  # noqa: Y015
+    _WhichOneofArgType__disabled: _TypeAlias = _typing.Literal["_disabled", b"_disabled"]  # noqa: Y015
     _WhichOneofReturnType__plan: _TypeAlias = _typing.Literal["plan"]  # noqa: Y015
     _WhichOneofArgType__plan: _TypeAlias = _typing.Literal["_plan", b"_plan"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__disabled) -> _WhichOneofReturnType__disabled | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__plan) -> _WhichOneofReturnType__plan | None: ...
 
 Global___UpdateUserRequest: _TypeAlias = UpdateUserRequest  # noqa: Y015
+
+@_typing.final
+class Roles(_message.Message):
+    """Roles are the roles of an account beside that of a plain user."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`admin`, `operator`, or none."""
+
+    def __init__(
+        self,
+        *,
+        roles: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["roles", b"roles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Roles: _TypeAlias = Roles  # noqa: Y015
 
 @_typing.final
 class UpdateUserResponse(_message.Message):
@@ -581,3 +1093,385 @@ class ListMembersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListMembersResponse: _TypeAlias = ListMembersResponse  # noqa: Y015
+
+@_typing.final
+class Revocation(_message.Message):
+    """Revocation says that access tokens have stopped working before they expire."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    API_KEY_ID_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    REVOKE_TIME_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Those of a session (claim `sid`)."""
+    api_key_id: _builtins.str
+    """Those made for an API key (claim `api_key_id`)."""
+    user_id: _builtins.str
+    """All those of an account (claim `sub`)."""
+    @_builtins.property
+    def revoke_time(self) -> _timestamp_pb2.Timestamp:
+        """Tokens issued at this second or before (claim `iat`) are revoked."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        api_key_id: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        revoke_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "revoke_time", b"revoke_time", "session_id", b"session_id", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key_id", b"api_key_id", "revoke_time", b"revoke_time", "session_id", b"session_id", "subject", b"subject", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_subject: _TypeAlias = _typing.Literal["session_id", "api_key_id", "user_id"]  # noqa: Y015
+    _WhichOneofArgType_subject: _TypeAlias = _typing.Literal["subject", b"subject"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_subject) -> _WhichOneofReturnType_subject | None: ...
+
+Global___Revocation: _TypeAlias = Revocation  # noqa: Y015
+
+@_typing.final
+class ListRevocationsRequest(_message.Message):
+    """ListRevocationsRequest asks for a page of revocations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Revocations a page: 0 means 50, more than 1,000 means 1,000."""
+    cursor: _builtins.str
+    """Where the last answer ended: only what was revoked since is listed. Empty: everything that still matters."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRevocationsRequest: _TypeAlias = ListRevocationsRequest  # noqa: Y015
+
+@_typing.final
+class ListRevocationsResponse(_message.Message):
+    """ListRevocationsResponse is a page of revocations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """For the next request."""
+    more: _builtins.bool
+    """Whether more are there already."""
+    @_builtins.property
+    def revocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revocation]:
+        """Revocations, oldest first. One may be listed again."""
+
+    def __init__(
+        self,
+        *,
+        revocations: _abc.Iterable[Global___Revocation] | None = ...,
+        cursor: _builtins.str = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "more", b"more", "revocations", b"revocations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRevocationsResponse: _TypeAlias = ListRevocationsResponse  # noqa: Y015
+
+@_typing.final
+class AuditEntry(_message.Message):
+    """AuditEntry is an act that matters for security, and how it ended. Entries are never changed or removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DetailsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    AUDIT_ENTRY_ID_FIELD_NUMBER: _builtins.int
+    ACT_TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_USER_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_API_KEY_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_SERVICE_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    CLIENT_ADDRESS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    audit_entry_id: _builtins.str
+    """UUIDv7 of the entry."""
+    actor_user_id: _builtins.str
+    """The account that acted; empty: nobody signed in."""
+    actor_api_key_id: _builtins.str
+    """The API key that the actor used; empty: none."""
+    actor_service: _builtins.str
+    """The service of the mesh that acted for nobody; empty: a person or program from outside."""
+    method: _builtins.str
+    """The RPC, for example `genmesh.credits.v1.LedgerAdminService/GrantCredits`."""
+    subject: _builtins.str
+    """The account, job, key … that it was done to, as the request names it; empty: none."""
+    client_address: _builtins.str
+    """Address that the call came from."""
+    request_id: _builtins.str
+    """Request id, which log lines carry too."""
+    code: _builtins.int
+    """How it ended: a code of google.rpc.Code, for example 0 (OK) or 7 (PERMISSION_DENIED); unset: not known (it is still
+    going on, or the service died amid it).
+    """
+    reason: _builtins.str
+    """The reason (genmesh.errors.v1.ErrorReason) of a refusal."""
+    @_builtins.property
+    def act_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @_builtins.property
+    def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What else matters, for example the roles that an account was given. Never secrets."""
+
+    def __init__(
+        self,
+        *,
+        audit_entry_id: _builtins.str = ...,
+        act_time: _timestamp_pb2.Timestamp | None = ...,
+        actor_user_id: _builtins.str = ...,
+        actor_api_key_id: _builtins.str = ...,
+        actor_service: _builtins.str = ...,
+        method: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        client_address: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        code: _builtins.int | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_code", b"_code", "act_time", b"act_time", "code", b"code"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_code", b"_code", "act_time", b"act_time", "actor_api_key_id", b"actor_api_key_id", "actor_service", b"actor_service", "actor_user_id", b"actor_user_id", "audit_entry_id", b"audit_entry_id", "client_address", b"client_address", "code", b"code", "details", b"details", "method", b"method", "reason", b"reason", "request_id", b"request_id", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__code: _TypeAlias = _typing.Literal["code"]  # noqa: Y015
+    _WhichOneofArgType__code: _TypeAlias = _typing.Literal["_code", b"_code"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__code) -> _WhichOneofReturnType__code | None: ...
+
+Global___AuditEntry: _TypeAlias = AuditEntry  # noqa: Y015
+
+@_typing.final
+class ListAuditEntriesRequest(_message.Message):
+    """ListAuditEntriesRequest selects entries. What is empty does not select."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    ACTOR_USER_ID_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Entries a page: 0 means 50, more than 200 means 200."""
+    page_token: _builtins.str
+    """Opaque token of the page before; empty: first page."""
+    actor_user_id: _builtins.str
+    """Only acts of this account."""
+    subject: _builtins.str
+    """Only acts done to this."""
+    method: _builtins.str
+    """Only acts of this RPC."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only acts at this time or later."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only acts before this time."""
+
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        actor_user_id: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        method: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor_user_id", b"actor_user_id", "end_time", b"end_time", "method", b"method", "page_size", b"page_size", "page_token", b"page_token", "start_time", b"start_time", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditEntriesRequest: _TypeAlias = ListAuditEntriesRequest  # noqa: Y015
+
+@_typing.final
+class ListAuditEntriesResponse(_message.Message):
+    """ListAuditEntriesResponse is a page of entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUDIT_ENTRIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty: this was the last."""
+    @_builtins.property
+    def audit_entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditEntry]:
+        """Entries, newest first."""
+
+    def __init__(
+        self,
+        *,
+        audit_entries: _abc.Iterable[Global___AuditEntry] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_entries", b"audit_entries", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditEntriesResponse: _TypeAlias = ListAuditEntriesResponse  # noqa: Y015
+
+@_typing.final
+class BeginAuditEntryRequest(_message.Message):
+    """BeginAuditEntryRequest has an act that is about to happen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entry(self) -> Global___AuditEntry:
+        """The act, without an outcome; `act_time` is set by the gateway."""
+
+    def __init__(
+        self,
+        *,
+        entry: Global___AuditEntry | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginAuditEntryRequest: _TypeAlias = BeginAuditEntryRequest  # noqa: Y015
+
+@_typing.final
+class BeginAuditEntryResponse(_message.Message):
+    """BeginAuditEntryResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginAuditEntryResponse: _TypeAlias = BeginAuditEntryResponse  # noqa: Y015
+
+@_typing.final
+class FinishAuditEntryRequest(_message.Message):
+    """FinishAuditEntryRequest has the outcome of an act."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DetailsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    AUDIT_ENTRY_ID_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    audit_entry_id: _builtins.str
+    """The entry that BeginAuditEntry wrote."""
+    code: _builtins.int
+    """See AuditEntry."""
+    reason: _builtins.str
+    """See AuditEntry."""
+    @_builtins.property
+    def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What became known while it happened; added to the entry's details."""
+
+    def __init__(
+        self,
+        *,
+        audit_entry_id: _builtins.str = ...,
+        code: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_entry_id", b"audit_entry_id", "code", b"code", "details", b"details", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishAuditEntryRequest: _TypeAlias = FinishAuditEntryRequest  # noqa: Y015
+
+@_typing.final
+class FinishAuditEntryResponse(_message.Message):
+    """FinishAuditEntryResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishAuditEntryResponse: _TypeAlias = FinishAuditEntryResponse  # noqa: Y015

@@ -40,6 +40,11 @@ class IdentityServiceStub:
                 request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RegisterUserRequest.SerializeToString,
                 response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RegisterUserResponse.FromString,
                 _registered_method=True)
+        self.GetSignInOptions = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityService/GetSignInOptions',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetSignInOptionsRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetSignInOptionsResponse.FromString,
+                _registered_method=True)
         self.SignIn = channel.unary_unary(
                 '/genmesh.identity.v1.IdentityService/SignIn',
                 request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.SignInRequest.SerializeToString,
@@ -60,6 +65,26 @@ class IdentityServiceStub:
                 request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetMeRequest.SerializeToString,
                 response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetMeResponse.FromString,
                 _registered_method=True)
+        self.LinkIdentity = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityService/LinkIdentity',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityResponse.FromString,
+                _registered_method=True)
+        self.CreateApiKey = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityService/CreateApiKey',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.CreateApiKeyRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.CreateApiKeyResponse.FromString,
+                _registered_method=True)
+        self.ListApiKeys = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityService/ListApiKeys',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListApiKeysRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListApiKeysResponse.FromString,
+                _registered_method=True)
+        self.RevokeApiKey = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityService/RevokeApiKey',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RevokeApiKeyRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RevokeApiKeyResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityServiceServicer:
@@ -74,9 +99,19 @@ class IdentityServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSignInOptions(self, request, context):
+        """GetSignInOptions says how people can sign in here, and what a browser needs to begin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SignIn(self, request, context):
-        """SignIn proves an identity and answers with an access token and a refresh token.
-        Errors: UNAUTHENTICATED (BAD_CREDENTIALS), PERMISSION_DENIED (ACCOUNT_DISABLED).
+        """SignIn proves an identity and answers with an access token and a refresh token. Somebody who comes from another
+        identity provider for the first time gets an account on the free plan.
+        Errors: UNAUTHENTICATED (BAD_CREDENTIALS, ID_TOKEN_INVALID, API_KEY_INVALID), PERMISSION_DENIED (ACCOUNT_DISABLED),
+        ALREADY_EXISTS (EMAIL_TAKEN: an account with this address exists; sign in to it and call LinkIdentity),
+        RESOURCE_EXHAUSTED (LIMIT_REACHED, with RetryInfo: too many attempts), UNIMPLEMENTED (NOT_OFFERED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,14 +120,15 @@ class IdentityServiceServicer:
     def RefreshSession(self, request, context):
         """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
         time ends the whole session (somebody else may have it).
-        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID).
+        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SignOut(self, request, context):
-        """SignOut ends the session of a refresh token. Ending an ended session is no error.
+        """SignOut ends a session: that of a refresh token, or else the one that the access token belongs to. Its access tokens
+        stop working everywhere within 60 seconds, running streams included. Ending an ended session is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +141,39 @@ class IdentityServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LinkIdentity(self, request, context):
+        """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
+        Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateApiKey(self, request, context):
+        """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
+        `x-api-key`, or changed for an access token by SignIn. A key never has roles that its owner lacks.
+        Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (LIMIT_REACHED: 100 working keys), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListApiKeys(self, request, context):
+        """ListApiKeys lists the caller's keys, newest first, revoked and expired ones included.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeApiKey(self, request, context):
+        """RevokeApiKey ends a key for good, everywhere within 60 seconds, running streams included. Revoking a revoked key is
+        no error.
+        Errors: NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_IdentityServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +181,11 @@ def add_IdentityServiceServicer_to_server(servicer, server):
                     servicer.RegisterUser,
                     request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RegisterUserRequest.FromString,
                     response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RegisterUserResponse.SerializeToString,
+            ),
+            'GetSignInOptions': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSignInOptions,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetSignInOptionsRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetSignInOptionsResponse.SerializeToString,
             ),
             'SignIn': grpc.unary_unary_rpc_method_handler(
                     servicer.SignIn,
@@ -132,6 +206,26 @@ def add_IdentityServiceServicer_to_server(servicer, server):
                     servicer.GetMe,
                     request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetMeRequest.FromString,
                     response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.GetMeResponse.SerializeToString,
+            ),
+            'LinkIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.LinkIdentity,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityResponse.SerializeToString,
+            ),
+            'CreateApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateApiKey,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.CreateApiKeyRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.CreateApiKeyResponse.SerializeToString,
+            ),
+            'ListApiKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListApiKeys,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListApiKeysRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListApiKeysResponse.SerializeToString,
+            ),
+            'RevokeApiKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeApiKey,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RevokeApiKeyRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.RevokeApiKeyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -162,6 +256,33 @@ class IdentityService:
             '/genmesh.identity.v1.IdentityService/RegisterUser',
             genmesh_dot_identity_dot_v1_dot_identity__pb2.RegisterUserRequest.SerializeToString,
             genmesh_dot_identity_dot_v1_dot_identity__pb2.RegisterUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSignInOptions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityService/GetSignInOptions',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.GetSignInOptionsRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.GetSignInOptionsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -280,9 +401,117 @@ class IdentityService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def LinkIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityService/LinkIdentity',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityService/CreateApiKey',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.CreateApiKeyRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.CreateApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListApiKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityService/ListApiKeys',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListApiKeysRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListApiKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeApiKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityService/RevokeApiKey',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.RevokeApiKeyRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.RevokeApiKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class IdentityAdminServiceStub:
-    """IdentityAdminService lets administrators find and change accounts.
+    """IdentityAdminService lets administrators find and change accounts, and see who did what.
     """
 
     def __init__(self, channel):
@@ -301,10 +530,15 @@ class IdentityAdminServiceStub:
                 request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserRequest.SerializeToString,
                 response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserResponse.FromString,
                 _registered_method=True)
+        self.ListAuditEntries = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityAdminService/ListAuditEntries',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListAuditEntriesRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListAuditEntriesResponse.FromString,
+                _registered_method=True)
 
 
 class IdentityAdminServiceServicer:
-    """IdentityAdminService lets administrators find and change accounts.
+    """IdentityAdminService lets administrators find and change accounts, and see who did what.
     """
 
     def ListUsers(self, request, context):
@@ -315,9 +549,16 @@ class IdentityAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateUser(self, request, context):
-        """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
-        the life of an access token at the latest.
-        Errors: NOT_FOUND.
+        """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
+        ones say what is true now. Disabling ends every session and refuses every key of the account.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAuditEntries(self, request, context):
+        """ListAuditEntries lists acts that matter for security, newest first: who did what to whom, from where.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -336,6 +577,11 @@ def add_IdentityAdminServiceServicer_to_server(servicer, server):
                     request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserRequest.FromString,
                     response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserResponse.SerializeToString,
             ),
+            'ListAuditEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditEntries,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListAuditEntriesRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListAuditEntriesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'genmesh.identity.v1.IdentityAdminService', rpc_method_handlers)
@@ -345,7 +591,7 @@ def add_IdentityAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IdentityAdminService:
-    """IdentityAdminService lets administrators find and change accounts.
+    """IdentityAdminService lets administrators find and change accounts, and see who did what.
     """
 
     @staticmethod
@@ -392,6 +638,33 @@ class IdentityAdminService:
             '/genmesh.identity.v1.IdentityAdminService/UpdateUser',
             genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserRequest.SerializeToString,
             genmesh_dot_identity_dot_v1_dot_identity__pb2.UpdateUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityAdminService/ListAuditEntries',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListAuditEntriesRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListAuditEntriesResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -468,6 +741,205 @@ class MembershipService:
             '/genmesh.identity.v1.MembershipService/ListMembers',
             genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersRequest.SerializeToString,
             genmesh_dot_identity_dot_v1_dot_identity__pb2.ListMembersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class RevocationServiceStub:
+    """RevocationService tells the other services of the mesh which access tokens have stopped working before they expire.
+    Internal.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListRevocations = channel.unary_unary(
+                '/genmesh.identity.v1.RevocationService/ListRevocations',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListRevocationsRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListRevocationsResponse.FromString,
+                _registered_method=True)
+
+
+class RevocationServiceServicer:
+    """RevocationService tells the other services of the mesh which access tokens have stopped working before they expire.
+    Internal.
+    """
+
+    def ListRevocations(self, request, context):
+        """ListRevocations lists what was revoked so recently that access tokens from before may not have expired yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RevocationServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListRevocations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRevocations,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListRevocationsRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListRevocationsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'genmesh.identity.v1.RevocationService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('genmesh.identity.v1.RevocationService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RevocationService:
+    """RevocationService tells the other services of the mesh which access tokens have stopped working before they expire.
+    Internal.
+    """
+
+    @staticmethod
+    def ListRevocations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.RevocationService/ListRevocations',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListRevocationsRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListRevocationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AuditServiceStub:
+    """AuditService takes the other services' entries for the audit trail. Internal.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.BeginAuditEntry = channel.unary_unary(
+                '/genmesh.identity.v1.AuditService/BeginAuditEntry',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.BeginAuditEntryRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.BeginAuditEntryResponse.FromString,
+                _registered_method=True)
+        self.FinishAuditEntry = channel.unary_unary(
+                '/genmesh.identity.v1.AuditService/FinishAuditEntry',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.FinishAuditEntryRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.FinishAuditEntryResponse.FromString,
+                _registered_method=True)
+
+
+class AuditServiceServicer:
+    """AuditService takes the other services' entries for the audit trail. Internal.
+    """
+
+    def BeginAuditEntry(self, request, context):
+        """BeginAuditEntry writes down an act that is about to happen. Idempotent by `entry.audit_entry_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FinishAuditEntry(self, request, context):
+        """FinishAuditEntry writes down how an act ended. The first outcome stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AuditServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'BeginAuditEntry': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginAuditEntry,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.BeginAuditEntryRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.BeginAuditEntryResponse.SerializeToString,
+            ),
+            'FinishAuditEntry': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishAuditEntry,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.FinishAuditEntryRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.FinishAuditEntryResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'genmesh.identity.v1.AuditService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('genmesh.identity.v1.AuditService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AuditService:
+    """AuditService takes the other services' entries for the audit trail. Internal.
+    """
+
+    @staticmethod
+    def BeginAuditEntry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.AuditService/BeginAuditEntry',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.BeginAuditEntryRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.BeginAuditEntryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishAuditEntry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.AuditService/FinishAuditEntry',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.FinishAuditEntryRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.FinishAuditEntryResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,19 +37,42 @@ class IdentityServiceStub:
     """RegisterUser makes an account with an e-mail address and a password, on the free plan.
     Errors: ALREADY_EXISTS (EMAIL_TAKEN), INVALID_ARGUMENT.
     """
+    GetSignInOptions: _grpc.UnaryUnaryMultiCallable[_identity_pb2.GetSignInOptionsRequest, _identity_pb2.GetSignInOptionsResponse]
+    """GetSignInOptions says how people can sign in here, and what a browser needs to begin."""
     SignIn: _grpc.UnaryUnaryMultiCallable[_identity_pb2.SignInRequest, _identity_pb2.SignInResponse]
-    """SignIn proves an identity and answers with an access token and a refresh token.
-    Errors: UNAUTHENTICATED (BAD_CREDENTIALS), PERMISSION_DENIED (ACCOUNT_DISABLED).
+    """SignIn proves an identity and answers with an access token and a refresh token. Somebody who comes from another
+    identity provider for the first time gets an account on the free plan.
+    Errors: UNAUTHENTICATED (BAD_CREDENTIALS, ID_TOKEN_INVALID, API_KEY_INVALID), PERMISSION_DENIED (ACCOUNT_DISABLED),
+    ALREADY_EXISTS (EMAIL_TAKEN: an account with this address exists; sign in to it and call LinkIdentity),
+    RESOURCE_EXHAUSTED (LIMIT_REACHED, with RetryInfo: too many attempts), UNIMPLEMENTED (NOT_OFFERED).
     """
     RefreshSession: _grpc.UnaryUnaryMultiCallable[_identity_pb2.RefreshSessionRequest, _identity_pb2.RefreshSessionResponse]
     """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
     time ends the whole session (somebody else may have it).
-    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID).
+    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
     """
     SignOut: _grpc.UnaryUnaryMultiCallable[_identity_pb2.SignOutRequest, _identity_pb2.SignOutResponse]
-    """SignOut ends the session of a refresh token. Ending an ended session is no error."""
+    """SignOut ends a session: that of a refresh token, or else the one that the access token belongs to. Its access tokens
+    stop working everywhere within 60 seconds, running streams included. Ending an ended session is no error.
+    """
     GetMe: _grpc.UnaryUnaryMultiCallable[_identity_pb2.GetMeRequest, _identity_pb2.GetMeResponse]
     """GetMe answers with the caller's account."""
+    LinkIdentity: _grpc.UnaryUnaryMultiCallable[_identity_pb2.LinkIdentityRequest, _identity_pb2.LinkIdentityResponse]
+    """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
+    Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+    """
+    CreateApiKey: _grpc.UnaryUnaryMultiCallable[_identity_pb2.CreateApiKeyRequest, _identity_pb2.CreateApiKeyResponse]
+    """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
+    `x-api-key`, or changed for an access token by SignIn. A key never has roles that its owner lacks.
+    Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (LIMIT_REACHED: 100 working keys), UNAVAILABLE.
+    """
+    ListApiKeys: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListApiKeysRequest, _identity_pb2.ListApiKeysResponse]
+    """ListApiKeys lists the caller's keys, newest first, revoked and expired ones included."""
+    RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_identity_pb2.RevokeApiKeyRequest, _identity_pb2.RevokeApiKeyResponse]
+    """RevokeApiKey ends a key for good, everywhere within 60 seconds, running streams included. Revoking a revoked key is
+    no error.
+    Errors: NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class IdentityServiceAsyncStub(IdentityServiceStub):
@@ -60,19 +83,42 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     """RegisterUser makes an account with an e-mail address and a password, on the free plan.
     Errors: ALREADY_EXISTS (EMAIL_TAKEN), INVALID_ARGUMENT.
     """
+    GetSignInOptions: _aio.UnaryUnaryMultiCallable[_identity_pb2.GetSignInOptionsRequest, _identity_pb2.GetSignInOptionsResponse]  # type: ignore[assignment]
+    """GetSignInOptions says how people can sign in here, and what a browser needs to begin."""
     SignIn: _aio.UnaryUnaryMultiCallable[_identity_pb2.SignInRequest, _identity_pb2.SignInResponse]  # type: ignore[assignment]
-    """SignIn proves an identity and answers with an access token and a refresh token.
-    Errors: UNAUTHENTICATED (BAD_CREDENTIALS), PERMISSION_DENIED (ACCOUNT_DISABLED).
+    """SignIn proves an identity and answers with an access token and a refresh token. Somebody who comes from another
+    identity provider for the first time gets an account on the free plan.
+    Errors: UNAUTHENTICATED (BAD_CREDENTIALS, ID_TOKEN_INVALID, API_KEY_INVALID), PERMISSION_DENIED (ACCOUNT_DISABLED),
+    ALREADY_EXISTS (EMAIL_TAKEN: an account with this address exists; sign in to it and call LinkIdentity),
+    RESOURCE_EXHAUSTED (LIMIT_REACHED, with RetryInfo: too many attempts), UNIMPLEMENTED (NOT_OFFERED).
     """
     RefreshSession: _aio.UnaryUnaryMultiCallable[_identity_pb2.RefreshSessionRequest, _identity_pb2.RefreshSessionResponse]  # type: ignore[assignment]
     """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
     time ends the whole session (somebody else may have it).
-    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID).
+    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
     """
     SignOut: _aio.UnaryUnaryMultiCallable[_identity_pb2.SignOutRequest, _identity_pb2.SignOutResponse]  # type: ignore[assignment]
-    """SignOut ends the session of a refresh token. Ending an ended session is no error."""
+    """SignOut ends a session: that of a refresh token, or else the one that the access token belongs to. Its access tokens
+    stop working everywhere within 60 seconds, running streams included. Ending an ended session is no error.
+    """
     GetMe: _aio.UnaryUnaryMultiCallable[_identity_pb2.GetMeRequest, _identity_pb2.GetMeResponse]  # type: ignore[assignment]
     """GetMe answers with the caller's account."""
+    LinkIdentity: _aio.UnaryUnaryMultiCallable[_identity_pb2.LinkIdentityRequest, _identity_pb2.LinkIdentityResponse]  # type: ignore[assignment]
+    """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
+    Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+    """
+    CreateApiKey: _aio.UnaryUnaryMultiCallable[_identity_pb2.CreateApiKeyRequest, _identity_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
+    """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
+    `x-api-key`, or changed for an access token by SignIn. A key never has roles that its owner lacks.
+    Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (LIMIT_REACHED: 100 working keys), UNAVAILABLE.
+    """
+    ListApiKeys: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListApiKeysRequest, _identity_pb2.ListApiKeysResponse]  # type: ignore[assignment]
+    """ListApiKeys lists the caller's keys, newest first, revoked and expired ones included."""
+    RevokeApiKey: _aio.UnaryUnaryMultiCallable[_identity_pb2.RevokeApiKeyRequest, _identity_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
+    """RevokeApiKey ends a key for good, everywhere within 60 seconds, running streams included. Revoking a revoked key is
+    no error.
+    Errors: NOT_FOUND.
+    """
 
 class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     """IdentityService makes accounts and sessions."""
@@ -88,13 +134,24 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def GetSignInOptions(
+        self,
+        request: _identity_pb2.GetSignInOptionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.GetSignInOptionsResponse, _abc.Awaitable[_identity_pb2.GetSignInOptionsResponse]]:
+        """GetSignInOptions says how people can sign in here, and what a browser needs to begin."""
+
+    @_abc_1.abstractmethod
     def SignIn(
         self,
         request: _identity_pb2.SignInRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_identity_pb2.SignInResponse, _abc.Awaitable[_identity_pb2.SignInResponse]]:
-        """SignIn proves an identity and answers with an access token and a refresh token.
-        Errors: UNAUTHENTICATED (BAD_CREDENTIALS), PERMISSION_DENIED (ACCOUNT_DISABLED).
+        """SignIn proves an identity and answers with an access token and a refresh token. Somebody who comes from another
+        identity provider for the first time gets an account on the free plan.
+        Errors: UNAUTHENTICATED (BAD_CREDENTIALS, ID_TOKEN_INVALID, API_KEY_INVALID), PERMISSION_DENIED (ACCOUNT_DISABLED),
+        ALREADY_EXISTS (EMAIL_TAKEN: an account with this address exists; sign in to it and call LinkIdentity),
+        RESOURCE_EXHAUSTED (LIMIT_REACHED, with RetryInfo: too many attempts), UNIMPLEMENTED (NOT_OFFERED).
         """
 
     @_abc_1.abstractmethod
@@ -105,7 +162,7 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_identity_pb2.RefreshSessionResponse, _abc.Awaitable[_identity_pb2.RefreshSessionResponse]]:
         """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
         time ends the whole session (somebody else may have it).
-        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID).
+        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
         """
 
     @_abc_1.abstractmethod
@@ -114,7 +171,9 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _identity_pb2.SignOutRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_identity_pb2.SignOutResponse, _abc.Awaitable[_identity_pb2.SignOutResponse]]:
-        """SignOut ends the session of a refresh token. Ending an ended session is no error."""
+        """SignOut ends a session: that of a refresh token, or else the one that the access token belongs to. Its access tokens
+        stop working everywhere within 60 seconds, running streams included. Ending an ended session is no error.
+        """
 
     @_abc_1.abstractmethod
     def GetMe(
@@ -124,10 +183,50 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_identity_pb2.GetMeResponse, _abc.Awaitable[_identity_pb2.GetMeResponse]]:
         """GetMe answers with the caller's account."""
 
+    @_abc_1.abstractmethod
+    def LinkIdentity(
+        self,
+        request: _identity_pb2.LinkIdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.LinkIdentityResponse, _abc.Awaitable[_identity_pb2.LinkIdentityResponse]]:
+        """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
+        Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+        """
+
+    @_abc_1.abstractmethod
+    def CreateApiKey(
+        self,
+        request: _identity_pb2.CreateApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.CreateApiKeyResponse, _abc.Awaitable[_identity_pb2.CreateApiKeyResponse]]:
+        """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
+        `x-api-key`, or changed for an access token by SignIn. A key never has roles that its owner lacks.
+        Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (LIMIT_REACHED: 100 working keys), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ListApiKeys(
+        self,
+        request: _identity_pb2.ListApiKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.ListApiKeysResponse, _abc.Awaitable[_identity_pb2.ListApiKeysResponse]]:
+        """ListApiKeys lists the caller's keys, newest first, revoked and expired ones included."""
+
+    @_abc_1.abstractmethod
+    def RevokeApiKey(
+        self,
+        request: _identity_pb2.RevokeApiKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.RevokeApiKeyResponse, _abc.Awaitable[_identity_pb2.RevokeApiKeyResponse]]:
+        """RevokeApiKey ends a key for good, everywhere within 60 seconds, running streams included. Revoking a revoked key is
+        no error.
+        Errors: NOT_FOUND.
+        """
+
 def add_IdentityServiceServicer_to_server(servicer: IdentityServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class IdentityAdminServiceStub:
-    """IdentityAdminService lets administrators find and change accounts."""
+    """IdentityAdminService lets administrators find and change accounts, and see who did what."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -136,26 +235,30 @@ class IdentityAdminServiceStub:
     ListUsers: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListUsersRequest, _identity_pb2.ListUsersResponse]
     """ListUsers lists accounts, newest first, optionally the one with a given e-mail address."""
     UpdateUser: _grpc.UnaryUnaryMultiCallable[_identity_pb2.UpdateUserRequest, _identity_pb2.UpdateUserResponse]
-    """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
-    the life of an access token at the latest.
-    Errors: NOT_FOUND.
+    """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
+    ones say what is true now. Disabling ends every session and refuses every key of the account.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
     """
+    ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListAuditEntriesRequest, _identity_pb2.ListAuditEntriesResponse]
+    """ListAuditEntries lists acts that matter for security, newest first: who did what to whom, from where."""
 
 @_typing.type_check_only
 class IdentityAdminServiceAsyncStub(IdentityAdminServiceStub):
-    """IdentityAdminService lets administrators find and change accounts."""
+    """IdentityAdminService lets administrators find and change accounts, and see who did what."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListUsers: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListUsersRequest, _identity_pb2.ListUsersResponse]  # type: ignore[assignment]
     """ListUsers lists accounts, newest first, optionally the one with a given e-mail address."""
     UpdateUser: _aio.UnaryUnaryMultiCallable[_identity_pb2.UpdateUserRequest, _identity_pb2.UpdateUserResponse]  # type: ignore[assignment]
-    """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
-    the life of an access token at the latest.
-    Errors: NOT_FOUND.
+    """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
+    ones say what is true now. Disabling ends every session and refuses every key of the account.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
     """
+    ListAuditEntries: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListAuditEntriesRequest, _identity_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
+    """ListAuditEntries lists acts that matter for security, newest first: who did what to whom, from where."""
 
 class IdentityAdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """IdentityAdminService lets administrators find and change accounts."""
+    """IdentityAdminService lets administrators find and change accounts, and see who did what."""
 
     @_abc_1.abstractmethod
     def ListUsers(
@@ -171,10 +274,18 @@ class IdentityAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _identity_pb2.UpdateUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_identity_pb2.UpdateUserResponse, _abc.Awaitable[_identity_pb2.UpdateUserResponse]]:
-        """UpdateUser changes what is set in the request. A new plan is in the tokens that the user gets from then on, so within
-        the life of an access token at the latest.
-        Errors: NOT_FOUND.
+        """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
+        ones say what is true now. Disabling ends every session and refuses every key of the account.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
         """
+
+    @_abc_1.abstractmethod
+    def ListAuditEntries(
+        self,
+        request: _identity_pb2.ListAuditEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.ListAuditEntriesResponse, _abc.Awaitable[_identity_pb2.ListAuditEntriesResponse]]:
+        """ListAuditEntries lists acts that matter for security, newest first: who did what to whom, from where."""
 
 def add_IdentityAdminServiceServicer_to_server(servicer: IdentityAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -208,3 +319,83 @@ class MembershipServiceServicer(metaclass=_abc_1.ABCMeta):
         """ListMembers lists the accounts that are not disabled, oldest first."""
 
 def add_MembershipServiceServicer_to_server(servicer: MembershipServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class RevocationServiceStub:
+    """RevocationService tells the other services of the mesh which access tokens have stopped working before they expire.
+    Internal.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> RevocationServiceAsyncStub: ...
+    ListRevocations: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListRevocationsRequest, _identity_pb2.ListRevocationsResponse]
+    """ListRevocations lists what was revoked so recently that access tokens from before may not have expired yet."""
+
+@_typing.type_check_only
+class RevocationServiceAsyncStub(RevocationServiceStub):
+    """RevocationService tells the other services of the mesh which access tokens have stopped working before they expire.
+    Internal.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ListRevocations: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListRevocationsRequest, _identity_pb2.ListRevocationsResponse]  # type: ignore[assignment]
+    """ListRevocations lists what was revoked so recently that access tokens from before may not have expired yet."""
+
+class RevocationServiceServicer(metaclass=_abc_1.ABCMeta):
+    """RevocationService tells the other services of the mesh which access tokens have stopped working before they expire.
+    Internal.
+    """
+
+    @_abc_1.abstractmethod
+    def ListRevocations(
+        self,
+        request: _identity_pb2.ListRevocationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.ListRevocationsResponse, _abc.Awaitable[_identity_pb2.ListRevocationsResponse]]:
+        """ListRevocations lists what was revoked so recently that access tokens from before may not have expired yet."""
+
+def add_RevocationServiceServicer_to_server(servicer: RevocationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class AuditServiceStub:
+    """AuditService takes the other services' entries for the audit trail. Internal."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
+    BeginAuditEntry: _grpc.UnaryUnaryMultiCallable[_identity_pb2.BeginAuditEntryRequest, _identity_pb2.BeginAuditEntryResponse]
+    """BeginAuditEntry writes down an act that is about to happen. Idempotent by `entry.audit_entry_id`."""
+    FinishAuditEntry: _grpc.UnaryUnaryMultiCallable[_identity_pb2.FinishAuditEntryRequest, _identity_pb2.FinishAuditEntryResponse]
+    """FinishAuditEntry writes down how an act ended. The first outcome stays."""
+
+@_typing.type_check_only
+class AuditServiceAsyncStub(AuditServiceStub):
+    """AuditService takes the other services' entries for the audit trail. Internal."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    BeginAuditEntry: _aio.UnaryUnaryMultiCallable[_identity_pb2.BeginAuditEntryRequest, _identity_pb2.BeginAuditEntryResponse]  # type: ignore[assignment]
+    """BeginAuditEntry writes down an act that is about to happen. Idempotent by `entry.audit_entry_id`."""
+    FinishAuditEntry: _aio.UnaryUnaryMultiCallable[_identity_pb2.FinishAuditEntryRequest, _identity_pb2.FinishAuditEntryResponse]  # type: ignore[assignment]
+    """FinishAuditEntry writes down how an act ended. The first outcome stays."""
+
+class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
+    """AuditService takes the other services' entries for the audit trail. Internal."""
+
+    @_abc_1.abstractmethod
+    def BeginAuditEntry(
+        self,
+        request: _identity_pb2.BeginAuditEntryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.BeginAuditEntryResponse, _abc.Awaitable[_identity_pb2.BeginAuditEntryResponse]]:
+        """BeginAuditEntry writes down an act that is about to happen. Idempotent by `entry.audit_entry_id`."""
+
+    @_abc_1.abstractmethod
+    def FinishAuditEntry(
+        self,
+        request: _identity_pb2.FinishAuditEntryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.FinishAuditEntryResponse, _abc.Awaitable[_identity_pb2.FinishAuditEntryResponse]]:
+        """FinishAuditEntry writes down how an act ended. The first outcome stays."""
+
+def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

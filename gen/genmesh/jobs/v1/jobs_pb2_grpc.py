@@ -80,6 +80,21 @@ class JobsServiceStub:
                 request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsRequest.SerializeToString,
                 response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsResponse.FromString,
                 _registered_method=True)
+        self.CreateUpload = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsService/CreateUpload',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateUploadRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateUploadResponse.FromString,
+                _registered_method=True)
+        self.CompleteUpload = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsService/CompleteUpload',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CompleteUploadRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CompleteUploadResponse.FromString,
+                _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/genmesh.jobs.v1.JobsService/GetUpload',
+                request_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
 
 
 class JobsServiceServicer:
@@ -88,6 +103,7 @@ class JobsServiceServicer:
 
     def EstimateJob(self, request, context):
         """EstimateJob prices a spec and says how long it would take now. Costs nothing, holds nothing.
+        Errors: INVALID_ARGUMENT, UNIMPLEMENTED (NOT_OFFERED: a picture to start from), RESOURCE_EXHAUSTED (LIMIT_REACHED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +113,7 @@ class JobsServiceServicer:
         """CreateJob checks and prices a spec, holds the credits and queues the job. Idempotent by `request_id`: the same id
         with the same content gives the same job.
         Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED),
+        RESOURCE_EXHAUSTED (LIMIT_REACHED, CEILING_REACHED), UNIMPLEMENTED (NOT_OFFERED: a picture to start from),
         UNAVAILABLE. Whenever it fails, nothing is held for long and nothing is charged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -138,7 +155,8 @@ class JobsServiceServicer:
     def RetryJob(self, request, context):
         """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
         that was retried and has not ended since is no error.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), RESOURCE_EXHAUSTED (LIMIT_REACHED,
+        CEILING_REACHED), UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,8 +175,34 @@ class JobsServiceServicer:
         `job_ids`: of the caller's jobs that have not ended), then events. With one: exactly the events since. With a
         token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
         the last of them has ended; without, it stays open.
-        Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), UNAUTHENTICATED when the access token
-        expires during the watch (resume with a new one).
+        Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
+        watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
+        new one).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateUpload(self, request, context):
+        """CreateUpload announces a file and answers with a presigned URL to PUT it to, good for that type and size only. The
+        file then has to pass CompleteUpload.
+        Errors: INVALID_ARGUMENT (type or size), RESOURCE_EXHAUSTED (LIMIT_REACHED: uploads that are not complete).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteUpload(self, request, context):
+        """CompleteUpload checks the file that arrived: its size, its type by its content, its pixels or duration before it is
+        decoded, then by decoding it. A file that fails is removed. Completing a complete upload is no error.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (UPLOAD_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpload(self, request, context):
+        """GetUpload answers with one upload of the caller.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,6 +255,21 @@ def add_JobsServiceServicer_to_server(servicer, server):
                     servicer.WatchJobs,
                     request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsRequest.FromString,
                     response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsResponse.SerializeToString,
+            ),
+            'CreateUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateUpload,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateUploadRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateUploadResponse.SerializeToString,
+            ),
+            'CompleteUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteUpload,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CompleteUploadRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CompleteUploadResponse.SerializeToString,
+            ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetUploadRequest.FromString,
+                    response_serializer=genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetUploadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -457,6 +516,87 @@ class JobsService:
             '/genmesh.jobs.v1.JobsService/WatchJobs',
             genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsRequest.SerializeToString,
             genmesh_dot_jobs_dot_v1_dot_jobs__pb2.WatchJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsService/CreateUpload',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateUploadRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CreateUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsService/CompleteUpload',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CompleteUploadRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.CompleteUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.jobs.v1.JobsService/GetUpload',
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetUploadRequest.SerializeToString,
+            genmesh_dot_jobs_dot_v1_dot_jobs__pb2.GetUploadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,11 +34,14 @@ class JobsServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JobsServiceAsyncStub: ...
     EstimateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]
-    """EstimateJob prices a spec and says how long it would take now. Costs nothing, holds nothing."""
+    """EstimateJob prices a spec and says how long it would take now. Costs nothing, holds nothing.
+    Errors: INVALID_ARGUMENT, UNIMPLEMENTED (NOT_OFFERED: a picture to start from), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+    """
     CreateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.CreateJobResponse]
     """CreateJob checks and prices a spec, holds the credits and queues the job. Idempotent by `request_id`: the same id
     with the same content gives the same job.
     Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED),
+    RESOURCE_EXHAUSTED (LIMIT_REACHED, CEILING_REACHED), UNIMPLEMENTED (NOT_OFFERED: a picture to start from),
     UNAVAILABLE. Whenever it fails, nothing is held for long and nothing is charged.
     """
     BatchCreateJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.BatchCreateJobsRequest, _jobs_pb2.BatchCreateJobsResponse]
@@ -58,7 +61,8 @@ class JobsServiceStub:
     RetryJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.RetryJobRequest, _jobs_pb2.RetryJobResponse]
     """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
     that was retried and has not ended since is no error.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), RESOURCE_EXHAUSTED (LIMIT_REACHED,
+    CEILING_REACHED), UNAVAILABLE.
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]
     """DeleteJob removes a job that has ended, with its media, for good. What the ledger says of it stays.
@@ -69,9 +73,22 @@ class JobsServiceStub:
     `job_ids`: of the caller's jobs that have not ended), then events. With one: exactly the events since. With a
     token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
     the last of them has ended; without, it stays open.
-    Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), UNAUTHENTICATED when the access token
-    expires during the watch (resume with a new one).
+    Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
+    watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
+    new one).
     """
+    CreateUpload: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateUploadRequest, _jobs_pb2.CreateUploadResponse]
+    """CreateUpload announces a file and answers with a presigned URL to PUT it to, good for that type and size only. The
+    file then has to pass CompleteUpload.
+    Errors: INVALID_ARGUMENT (type or size), RESOURCE_EXHAUSTED (LIMIT_REACHED: uploads that are not complete).
+    """
+    CompleteUpload: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CompleteUploadRequest, _jobs_pb2.CompleteUploadResponse]
+    """CompleteUpload checks the file that arrived: its size, its type by its content, its pixels or duration before it is
+    decoded, then by decoding it. A file that fails is removed. Completing a complete upload is no error.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (UPLOAD_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
+    """
+    GetUpload: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetUploadRequest, _jobs_pb2.GetUploadResponse]
+    """GetUpload answers with one upload of the caller."""
 
 @_typing.type_check_only
 class JobsServiceAsyncStub(JobsServiceStub):
@@ -79,11 +96,14 @@ class JobsServiceAsyncStub(JobsServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     EstimateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.EstimateJobRequest, _jobs_pb2.EstimateJobResponse]  # type: ignore[assignment]
-    """EstimateJob prices a spec and says how long it would take now. Costs nothing, holds nothing."""
+    """EstimateJob prices a spec and says how long it would take now. Costs nothing, holds nothing.
+    Errors: INVALID_ARGUMENT, UNIMPLEMENTED (NOT_OFFERED: a picture to start from), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+    """
     CreateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _jobs_pb2.CreateJobResponse]  # type: ignore[assignment]
     """CreateJob checks and prices a spec, holds the credits and queues the job. Idempotent by `request_id`: the same id
     with the same content gives the same job.
     Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED),
+    RESOURCE_EXHAUSTED (LIMIT_REACHED, CEILING_REACHED), UNIMPLEMENTED (NOT_OFFERED: a picture to start from),
     UNAVAILABLE. Whenever it fails, nothing is held for long and nothing is charged.
     """
     BatchCreateJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.BatchCreateJobsRequest, _jobs_pb2.BatchCreateJobsResponse]  # type: ignore[assignment]
@@ -103,7 +123,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     RetryJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.RetryJobRequest, _jobs_pb2.RetryJobResponse]  # type: ignore[assignment]
     """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
     that was retried and has not ended since is no error.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), RESOURCE_EXHAUSTED (LIMIT_REACHED,
+    CEILING_REACHED), UNAVAILABLE.
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """DeleteJob removes a job that has ended, with its media, for good. What the ledger says of it stays.
@@ -114,9 +135,22 @@ class JobsServiceAsyncStub(JobsServiceStub):
     `job_ids`: of the caller's jobs that have not ended), then events. With one: exactly the events since. With a
     token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
     the last of them has ended; without, it stays open.
-    Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), UNAUTHENTICATED when the access token
-    expires during the watch (resume with a new one).
+    Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
+    watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
+    new one).
     """
+    CreateUpload: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateUploadRequest, _jobs_pb2.CreateUploadResponse]  # type: ignore[assignment]
+    """CreateUpload announces a file and answers with a presigned URL to PUT it to, good for that type and size only. The
+    file then has to pass CompleteUpload.
+    Errors: INVALID_ARGUMENT (type or size), RESOURCE_EXHAUSTED (LIMIT_REACHED: uploads that are not complete).
+    """
+    CompleteUpload: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CompleteUploadRequest, _jobs_pb2.CompleteUploadResponse]  # type: ignore[assignment]
+    """CompleteUpload checks the file that arrived: its size, its type by its content, its pixels or duration before it is
+    decoded, then by decoding it. A file that fails is removed. Completing a complete upload is no error.
+    Errors: NOT_FOUND, FAILED_PRECONDITION (UPLOAD_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
+    """
+    GetUpload: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetUploadRequest, _jobs_pb2.GetUploadResponse]  # type: ignore[assignment]
+    """GetUpload answers with one upload of the caller."""
 
 class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
     """JobsService is the life of a job as its owner sees it. What one user owns does not exist for another: NOT_FOUND."""
@@ -127,7 +161,9 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.EstimateJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.EstimateJobResponse, _abc.Awaitable[_jobs_pb2.EstimateJobResponse]]:
-        """EstimateJob prices a spec and says how long it would take now. Costs nothing, holds nothing."""
+        """EstimateJob prices a spec and says how long it would take now. Costs nothing, holds nothing.
+        Errors: INVALID_ARGUMENT, UNIMPLEMENTED (NOT_OFFERED: a picture to start from), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+        """
 
     @_abc_1.abstractmethod
     def CreateJob(
@@ -138,6 +174,7 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         """CreateJob checks and prices a spec, holds the credits and queues the job. Idempotent by `request_id`: the same id
         with the same content gives the same job.
         Errors: INVALID_ARGUMENT, FAILED_PRECONDITION (INSUFFICIENT_CREDITS), ALREADY_EXISTS (REQUEST_ID_REUSED),
+        RESOURCE_EXHAUSTED (LIMIT_REACHED, CEILING_REACHED), UNIMPLEMENTED (NOT_OFFERED: a picture to start from),
         UNAVAILABLE. Whenever it fails, nothing is held for long and nothing is charged.
         """
 
@@ -187,7 +224,8 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_jobs_pb2.RetryJobResponse, _abc.Awaitable[_jobs_pb2.RetryJobResponse]]:
         """RetryJob puts a failed job back into the queue: the agreed price is held anew, attempts start over. Retrying a job
         that was retried and has not ended since is no error.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), UNAVAILABLE.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (JOB_NOT_FAILED, INSUFFICIENT_CREDITS), RESOURCE_EXHAUSTED (LIMIT_REACHED,
+        CEILING_REACHED), UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -210,9 +248,40 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         `job_ids`: of the caller's jobs that have not ended), then events. With one: exactly the events since. With a
         token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
         the last of them has ended; without, it stays open.
-        Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), UNAUTHENTICATED when the access token
-        expires during the watch (resume with a new one).
+        Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
+        watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
+        new one).
         """
+
+    @_abc_1.abstractmethod
+    def CreateUpload(
+        self,
+        request: _jobs_pb2.CreateUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CreateUploadResponse, _abc.Awaitable[_jobs_pb2.CreateUploadResponse]]:
+        """CreateUpload announces a file and answers with a presigned URL to PUT it to, good for that type and size only. The
+        file then has to pass CompleteUpload.
+        Errors: INVALID_ARGUMENT (type or size), RESOURCE_EXHAUSTED (LIMIT_REACHED: uploads that are not complete).
+        """
+
+    @_abc_1.abstractmethod
+    def CompleteUpload(
+        self,
+        request: _jobs_pb2.CompleteUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.CompleteUploadResponse, _abc.Awaitable[_jobs_pb2.CompleteUploadResponse]]:
+        """CompleteUpload checks the file that arrived: its size, its type by its content, its pixels or duration before it is
+        decoded, then by decoding it. A file that fails is removed. Completing a complete upload is no error.
+        Errors: NOT_FOUND, FAILED_PRECONDITION (UPLOAD_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUpload(
+        self,
+        request: _jobs_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.GetUploadResponse, _abc.Awaitable[_jobs_pb2.GetUploadResponse]]:
+        """GetUpload answers with one upload of the caller."""
 
 def add_JobsServiceServicer_to_server(servicer: JobsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n genmesh/options/v1/options.proto\x12\x12genmesh.options.v1\x1a google/protobuf/descriptor.proto*j\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x11\n\rACCESS_PUBLIC\x10\x01\x12\x0f\n\x0b\x41\x43\x43\x45SS_USER\x10\x02\x12\x10\n\x0c\x41\x43\x43\x45SS_ADMIN\x10\x03\x12\x12\n\x0e\x41\x43\x43\x45SS_SERVICE\x10\x04:T\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xb5\x87\x03 \x01(\x0e\x32\x1a.genmesh.options.v1.AccessR\x06\x61\x63\x63\x65ss::\n\x07\x63\x61llers\x12\x1e.google.protobuf.MethodOptions\x18\xb6\x87\x03 \x03(\tR\x07\x63\x61llersb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n genmesh/options/v1/options.proto\x12\x12genmesh.options.v1\x1a google/protobuf/descriptor.proto*\x7f\n\x06\x41\x63\x63\x65ss\x12\x16\n\x12\x41\x43\x43\x45SS_UNSPECIFIED\x10\x00\x12\x11\n\rACCESS_PUBLIC\x10\x01\x12\x0f\n\x0b\x41\x43\x43\x45SS_USER\x10\x02\x12\x10\n\x0c\x41\x43\x43\x45SS_ADMIN\x10\x03\x12\x12\n\x0e\x41\x43\x43\x45SS_SERVICE\x10\x04\x12\x13\n\x0f\x41\x43\x43\x45SS_OPERATOR\x10\x05*Q\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x0e\n\nSCOPE_READ\x10\x01\x12\x10\n\x0cSCOPE_SUBMIT\x10\x02\x12\x0f\n\x0bSCOPE_ADMIN\x10\x03:T\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xb5\x87\x03 \x01(\x0e\x32\x1a.genmesh.options.v1.AccessR\x06\x61\x63\x63\x65ss::\n\x07\x63\x61llers\x12\x1e.google.protobuf.MethodOptions\x18\xb6\x87\x03 \x03(\tR\x07\x63\x61llers:Q\n\x05scope\x12\x1e.google.protobuf.MethodOptions\x18\xb7\x87\x03 \x01(\x0e\x32\x19.genmesh.options.v1.ScopeR\x05scope::\n\x07\x61udited\x12\x1e.google.protobuf.MethodOptions\x18\xb8\x87\x03 \x01(\x08R\x07\x61udited:=\n\ttimeout_s\x12\x1e.google.protobuf.MethodOptions\x18\xb9\x87\x03 \x01(\x05R\x08timeoutSb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'genmesh.options.v1.options_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ACCESS']._serialized_start=90
-  _globals['_ACCESS']._serialized_end=196
+  _globals['_ACCESS']._serialized_end=217
+  _globals['_SCOPE']._serialized_start=219
+  _globals['_SCOPE']._serialized_end=300
 # @@protoc_insertion_point(module_scope)

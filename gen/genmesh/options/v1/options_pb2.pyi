@@ -37,6 +37,8 @@ class _AccessEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Access.ValueTy
     """An access token whose roles include `admin`."""
     ACCESS_SERVICE: _Access.ValueType  # 4
     """Another service of the mesh, proven by its mTLS certificate and named in `callers`."""
+    ACCESS_OPERATOR: _Access.ValueType  # 5
+    """An access token whose roles include `operator` or `admin`."""
 
 class Access(_Access, metaclass=_AccessEnumTypeWrapper):
     """Access says what a caller has to prove."""
@@ -51,13 +53,54 @@ ACCESS_ADMIN: Access.ValueType  # 3
 """An access token whose roles include `admin`."""
 ACCESS_SERVICE: Access.ValueType  # 4
 """Another service of the mesh, proven by its mTLS certificate and named in `callers`."""
+ACCESS_OPERATOR: Access.ValueType  # 5
+"""An access token whose roles include `operator` or `admin`."""
 Global___Access: _TypeAlias = Access  # noqa: Y015
+
+class _Scope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCOPE_UNSPECIFIED: _Scope.ValueType  # 0
+    """Not stated: API keys are refused (fail closed). What changes accounts, keys and money is for signed-in people."""
+    SCOPE_READ: _Scope.ValueType  # 1
+    """Looks at jobs, media, credits."""
+    SCOPE_SUBMIT: _Scope.ValueType  # 2
+    """Makes, changes or removes jobs, and so spends credits. Does not include SCOPE_READ."""
+    SCOPE_ADMIN: _Scope.ValueType  # 3
+    """Calls methods with ACCESS_OPERATOR or ACCESS_ADMIN, as far as the roles of the key's owner go."""
+
+class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper):
+    """Scope says what an API key has to be allowed to do. Tokens of a session have every scope."""
+
+SCOPE_UNSPECIFIED: Scope.ValueType  # 0
+"""Not stated: API keys are refused (fail closed). What changes accounts, keys and money is for signed-in people."""
+SCOPE_READ: Scope.ValueType  # 1
+"""Looks at jobs, media, credits."""
+SCOPE_SUBMIT: Scope.ValueType  # 2
+"""Makes, changes or removes jobs, and so spends credits. Does not include SCOPE_READ."""
+SCOPE_ADMIN: Scope.ValueType  # 3
+"""Calls methods with ACCESS_OPERATOR or ACCESS_ADMIN, as far as the roles of the key's owner go."""
+Global___Scope: _TypeAlias = Scope  # noqa: Y015
 
 ACCESS_FIELD_NUMBER: _builtins.int
 CALLERS_FIELD_NUMBER: _builtins.int
+SCOPE_FIELD_NUMBER: _builtins.int
+AUDITED_FIELD_NUMBER: _builtins.int
+TIMEOUT_S_FIELD_NUMBER: _builtins.int
 access: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Access.ValueType]
 """What the caller of this RPC has to prove."""
 callers: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _containers.RepeatedScalarFieldContainer[_builtins.str]]
 """Mesh services (certificate names, for example `jobs_service`) that may call this RPC as themselves, without an
 access token. With ACCESS_SERVICE they are the only callers; with ACCESS_USER they are accepted beside users.
 """
+scope: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, Global___Scope.ValueType]
+"""What an API key has to be allowed to do to call this RPC. Methods with ACCESS_OPERATOR or ACCESS_ADMIN need
+SCOPE_ADMIN without saying so.
+"""
+audited: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.bool]
+"""Whether every call leaves an entry in the audit trail. Methods with ACCESS_OPERATOR or ACCESS_ADMIN always do."""
+timeout_s: _extension_dict._ExtensionFieldDescriptor[_descriptor_pb2.MethodOptions, _builtins.int]
+"""How long a call may take at the edge, in seconds; 0: 30. Streams have no such end."""

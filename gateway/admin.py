@@ -1,0 +1,79 @@
+"""What administrators do to accounts: plan, roles, disabling. Each change ends access tokens that say what is true no more."""
+
+import uuid
+from collections.abc import Sequence
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from gateway import identity, store
+from gateway.identity import Account
+from gateway.revocations import revoke
+from servicekit import audit
+from servicekit.database import transaction
+from servicekit.errors import Reason, not_found, precondition
+from servicekit.identity import ROLE_ADMIN
+
+_log = structlog.get_logger(__name__)
+
+
+class Administration:
+    """Changes of accounts over one database."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def update(
+        self,
+        user_id: uuid.UUID,
+        *,
+        actor_id: str,
+        plan: str | None = None,
+        roles: Sequence[str] | None = None,
+        disabled: bool | None = None,
+    ) -> Account:
+        """Change what is not None; what is so already stays as it is, a plan with its start.
+
+        Access tokens of the account are revoked if anything changed; disabling ends its sessions too. Raises NOT_FOUND,
+        FAILED_PRECONDITION (LAST_ADMIN).
+        """
+        async with transaction(self._engine) as connection:
+            before = account = await store.lock_user(connection, user_id)
+            if before is None or account is None:
+                raise not_found("account")
+            roles = before.roles if roles is None else tuple(sorted(roles))
+            disabled = before.disabled if disabled is None else disabled
+            if _administers(before.roles, disabled=before.disabled) and not _administers(roles, disabled=disabled):
+                await store.lock_admins(connection)
+                if not await store.has_other_admin(connection, user_id, ROLE_ADMIN):
+                    raise precondition(Reason.ERROR_REASON_LAST_ADMIN, "nobody else has the role admin: give it to somebody first")
+            if plan is not None and plan != before.plan:
+                account = await store.start_plan(connection, user_id, plan)
+            if set(roles) != set(before.roles):
+                account = await store.set_roles(connection, user_id, roles)
+            if disabled != before.disabled:
+                account = await store.set_disabled(connection, user_id, disabled)
+            if disabled and not before.disabled:
+                await store.end_sessions(connection, user_id, identity.RefreshDecision.END_ACCOUNT_DISABLED.value)
+            # Enabled again: tokens from before were revoked then.
+            if account != before and (account.disabled or not before.disabled):
+                await revoke(connection, "user", user_id)
+        _tell(before, account, actor_id)
+        return account
+
+
+def _administers(roles: Sequence[str], *, disabled: bool) -> bool:
+    return ROLE_ADMIN in roles and not disabled
+
+
+def _tell(before: Account, account: Account, actor_id: str) -> None:
+    user_id = str(account.user_id)
+    if account.plan != before.plan:
+        _log.info("account.plan_changed", user_id=user_id, actor_id=actor_id, before=before.plan, plan=account.plan)
+        audit.about(plan_before=before.plan, plan=account.plan)
+    if set(account.roles) != set(before.roles):
+        _log.info("account.roles_changed", user_id=user_id, actor_id=actor_id, before=before.roles, roles=account.roles)
+        audit.about(roles_before=",".join(before.roles), roles=",".join(account.roles))
+    if account.disabled != before.disabled:
+        _log.info("account.disabled" if account.disabled else "account.enabled", user_id=user_id, actor_id=actor_id)
+        audit.about(disabled=str(account.disabled).lower())

@@ -1,0 +1,118 @@
+"""How often somebody may fail to prove who they are. Counted are failures; what succeeds costs nothing.
+
+Three limits on passwords, each with another attacker in mind: one client that guesses one account's, one client that guesses
+anybody's, many clients that guess one account's. The last is the one that strangers could use to lock an owner out, so it does
+not hold for clients from which the account has been signed in to: whoever knows the password gets in from there, and through
+another identity provider from anywhere.
+"""
+
+import asyncio
+import hashlib
+import ipaddress
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
+
+import grpc
+
+from servicekit.errors import MeshError
+from servicekit.limits import RateLimiter, limit_reached
+
+IPV6_CLIENT_PREFIX = 64
+"""Bits of an IPv6 address that name a client: the rest is its own to choose."""
+WAITING_MAX = 16
+"""Sign-ins of one client to one account that wait for each other."""
+WAITING_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottleLimits:
+    """Failures until somebody has to wait; of registrations all of them."""
+
+    account_client_15min: int
+    account_hour: int
+    client_hour: int
+    registrations_client_hour: int
+
+
+def client_network(address: str) -> str:
+    """What stands for a client: its IPv4 address, or the network of its IPv6 address; anything else as it is."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((int(parsed), IPV6_CLIENT_PREFIX), strict=False))
+    return str(parsed)
+
+
+class Throttle:
+    """Counts failed proofs, in Redis for all replicas together."""
+
+    def __init__(self, limiter: RateLimiter, limits: ThrottleLimits) -> None:
+        self._limiter = limiter
+        self._limits = limits
+        self._pending: Counter[tuple[str, ...]] = Counter()
+        self._locks: dict[tuple[str, ...], asyncio.Lock] = {}
+
+    async def registration(self, client: str) -> None:
+        """Count a registration, which also tells whether an address has an account. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
+        await self._limiter.hit(f"{self._limits.registrations_client_hour}/hour", "registrations", client)
+
+    @asynccontextmanager
+    async def client(self, what: str, client: str) -> AsyncGenerator[None]:
+        """Around a proof of any kind: an UNAUTHENTICATED counts. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) after too many."""
+        async with self._counted(f"{self._limits.client_hour}/hour", what, client):
+            yield
+
+    @asynccontextmanager
+    async def password(self, email: str, client: str, *, known: bool) -> AsyncGenerator[None]:
+        """Around the check of a password, likewise; `known`: the account has been signed in to from this client.
+
+        The address need not have an account: the answer must not tell.
+        """
+        account = hashlib.sha256(email.encode()).hexdigest()
+        # One at a time: a burst of right ones need not be refused as if they were wrong.
+        async with (
+            self._alone(account, client),
+            self._counted(f"{self._limits.account_client_15min}/15minutes", "sign_in", account, client),
+            nullcontext() if known else self._counted(f"{self._limits.account_hour}/hour", "sign_in_account", account),
+        ):
+            yield
+
+    @asynccontextmanager
+    async def _counted(self, limit: str, name: str, *who: str) -> AsyncGenerator[None]:
+        key = (name, *who)
+        # What is still being checked may fail too: guesses sent all at once are no way around the limit.
+        self._pending[key] += 1
+        try:
+            await self._limiter.check(limit, name, *who, cost=self._pending[key])
+            try:
+                yield
+            except MeshError as error:
+                if error.code is grpc.StatusCode.UNAUTHENTICATED:
+                    await self._limiter.count(limit, name, *who)
+                raise
+        finally:
+            self._pending[key] -= 1
+            if not self._pending[key]:
+                del self._pending[key]
+
+    @asynccontextmanager
+    async def _alone(self, *who: str) -> AsyncGenerator[None]:
+        waiting = ("waiting", *who)
+        if self._pending[waiting] >= WAITING_MAX:
+            raise limit_reached("sign_in", f"more than {WAITING_MAX} at once", retry_after_s=WAITING_RETRY_AFTER_S)
+        self._pending[waiting] += 1
+        lock = self._locks.setdefault(who, asyncio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            self._pending[waiting] -= 1
+            if not self._pending[waiting]:
+                del self._pending[waiting]
+                del self._locks[who]

@@ -1,0 +1,211 @@
+"""The audit trail: who did what to whom, from where. Every method that is privileged or marked `audited` leaves an entry.
+
+The gateway keeps the entries; services send theirs. An act of somebody signed in is written down before it happens: where that
+is impossible, it does not happen. How it ended is added afterwards. What strangers may call (signing in) is written down after
+it ended, so that a flood of refused attempts costs one entry each at most.
+"""
+
+import asyncio
+import contextvars
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import grpc
+import structlog
+from google.protobuf.message import Message
+from uuid_utils.compat import uuid7
+
+from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
+from genmesh.options.v1 import options_pb2
+from servicekit.client import call_metadata
+from servicekit.errors import MeshError, Reason, from_rpc_error, unavailable
+from servicekit.identity import Principal, current_principal
+
+SUBJECT_FIELDS = ("user_id", "job_id", "api_key_id", "top_up_id", "upload_id")
+"""Fields of requests that name whom or what an act is done to, first match."""
+WRITE_TIMEOUT_S = 3.0
+SUBJECT_MAX = 256
+DETAIL_MAX = 500
+FINISH_ATTEMPTS = 3
+UNRECORDED = (Reason.ERROR_REASON_LIMIT_REACHED, Reason.ERROR_REASON_INVALID_ARGUMENT, Reason.ERROR_REASON_MALFORMED_REQUEST)
+"""Refusals of strangers that changed nothing and could be had by the thousand."""
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class AuditEntry:
+    """An act. `code` and `reason` are set once it has ended."""
+
+    audit_entry_id: str
+    method: str
+    actor_user_id: str = ""
+    actor_api_key_id: str = ""
+    actor_service: str = ""
+    subject: str = ""
+    client_address: str = ""
+    request_id: str = ""
+    details: dict[str, str] = field(default_factory=dict[str, str])
+    code: int | None = None
+    reason: str = ""
+
+
+class AuditTrail(Protocol):
+    """Where entries go. Both raise what their store raises."""
+
+    async def begin(self, entry: AuditEntry) -> None:
+        """Write down an act; with `code` set, its end too. The same entry again changes nothing."""
+        ...
+
+    async def finish(self, entry: AuditEntry) -> None:
+        """Write down how the act of an entry ended."""
+        ...
+
+
+_entry: contextvars.ContextVar[AuditEntry | None] = contextvars.ContextVar("audit_entry", default=None)
+
+
+def about(subject: str | None = None, **details: str) -> None:
+    """Add to the entry of the call being served what only the domain knows. Never a secret. No entry: nothing happens."""
+    entry = _entry.get()
+    if entry is None:
+        return
+    if subject is not None:
+        entry.subject = subject[:SUBJECT_MAX]
+    entry.details.update({key: value[:DETAIL_MAX] for key, value in details.items()})
+
+
+def by(user_id: str) -> None:
+    """Say who acted, where the call itself proved it (a sign-in)."""
+    entry = _entry.get()
+    if entry is not None:
+        entry.actor_user_id = user_id
+
+
+@asynccontextmanager
+async def recorded(trail: AuditTrail, method: str, request: Message, access: options_pb2.Access.ValueType) -> AsyncGenerator[None]:
+    """Around an act of the current principal: writes its entry, and how it ended."""
+    principal = current_principal()
+    entry = _begun(method, request, principal)
+    first = access != options_pb2.ACCESS_PUBLIC
+    if first:
+        await _begin(trail, entry)
+    token = _entry.set(entry)
+    known = dict(entry.details)
+    try:
+        yield
+    except MeshError as refusal:
+        _end(entry, refusal.code, Reason.Name(refusal.reason))
+        if first or refusal.reason not in UNRECORDED:
+            await _finish(trail, entry, known, first=first)
+        raise
+    except asyncio.CancelledError:
+        # Whether it was done is not known here, and the caller is gone.
+        raise
+    except BaseException:
+        _end(entry, grpc.StatusCode.INTERNAL, "")
+        await _finish(trail, entry, known, first=first)
+        raise
+    else:
+        _end(entry, grpc.StatusCode.OK, "")
+        await _finish(trail, entry, known, first=first)
+    finally:
+        _entry.reset(token)
+
+
+def _begun(method: str, request: Message, principal: Principal) -> AuditEntry:
+    entry = AuditEntry(
+        audit_entry_id=str(uuid7()),
+        method=method.removeprefix("/"),
+        actor_user_id=principal.user_id or "",
+        actor_api_key_id=principal.api_key_id or "",
+        actor_service=principal.service or "" if principal.user_id is None and principal.service != "envoy" else "",
+        client_address=principal.client_address,
+        request_id=principal.request_id,
+    )
+    for name in SUBJECT_FIELDS:
+        if name in request.DESCRIPTOR.fields_by_name and (value := str(getattr(request, name))):
+            entry.subject = value[:SUBJECT_MAX]
+            break
+    return entry
+
+
+def _end(entry: AuditEntry, code: grpc.StatusCode, reason: str) -> None:
+    number: int = code.value[0]
+    entry.code, entry.reason = number, reason
+
+
+async def _begin(trail: AuditTrail, entry: AuditEntry) -> None:
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await trail.begin(entry)
+    except Exception as error:
+        _log.error("audit.unwritten", method=entry.method, error=repr(error))
+        raise unavailable("this act has to be written down first, and that is impossible right now") from error
+
+
+async def _finish(trail: AuditTrail, entry: AuditEntry, known: Mapping[str, str], *, first: bool) -> None:
+    """Write the outcome; what was done stays done, so a trail that is away only costs the outcome."""
+    entry.details = {key: value for key, value in entry.details.items() if not first or known.get(key) != value}
+    for attempt in range(1, FINISH_ATTEMPTS + 1):
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await (trail.finish(entry) if first else trail.begin(entry))
+        except Exception as error:
+            # The line has all that the entry would have had.
+            _log.error("audit.outcome_unwritten", attempt=attempt, error=repr(error), **asdict(entry))
+        else:
+            return
+
+
+class LogTrail:
+    """Entries as log lines, for servers without a gateway: tests and tools."""
+
+    async def begin(self, entry: AuditEntry) -> None:
+        """See AuditTrail."""
+        _log.info("audit", **asdict(entry))
+
+    async def finish(self, entry: AuditEntry) -> None:
+        """See AuditTrail."""
+        await self.begin(entry)
+
+
+class RemoteTrail:
+    """Entries in the gateway's keeping."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = identity_pb2_grpc.AuditServiceStub(channel)
+
+    async def begin(self, entry: AuditEntry) -> None:
+        """See AuditTrail."""
+        message = identity_pb2.AuditEntry(
+            audit_entry_id=entry.audit_entry_id,
+            actor_user_id=entry.actor_user_id,
+            actor_api_key_id=entry.actor_api_key_id,
+            actor_service=entry.actor_service,
+            method=entry.method,
+            subject=entry.subject,
+            client_address=entry.client_address,
+            request_id=entry.request_id,
+            details=entry.details,
+            code=entry.code,
+            reason=entry.reason,
+        )
+        try:
+            await self._stub.BeginAuditEntry(
+                identity_pb2.BeginAuditEntryRequest(entry=message), metadata=call_metadata(), timeout=WRITE_TIMEOUT_S
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+
+    async def finish(self, entry: AuditEntry) -> None:
+        """See AuditTrail."""
+        request = identity_pb2.FinishAuditEntryRequest(
+            audit_entry_id=entry.audit_entry_id, code=entry.code or 0, reason=entry.reason, details=entry.details
+        )
+        try:
+            await self._stub.FinishAuditEntry(request, metadata=call_metadata(), timeout=WRITE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error

@@ -1,0 +1,108 @@
+"""Limits on rates: how often somebody may do something in a sliding window, counted in Redis for all replicas together.
+
+While Redis is away each process counts by itself, so that an outage neither opens the door nor shuts it.
+"""
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import grpc
+import prometheus_client
+import structlog
+from limits import RateLimitItem, parse
+from limits.aio.storage import MemoryStorage, RedisClusterStorage, RedisStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+from redis.exceptions import RedisError
+
+from servicekit.errors import MeshError, Reason
+from servicekit.settings import RedisSettings
+from servicekit.streams import COMMAND_TIMEOUT_S, CONNECTIONS_MAX
+
+REDIS_PAUSE_S = 2.0
+"""After a failure Redis is left alone for so long: nobody should wait for a time-out a call."""
+
+LIMITED = prometheus_client.Counter("genmesh_limited_total", "Calls refused because a limit was reached", ["limit"])
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+def limit_reached(name: str, description: str, *, retry_after_s: float) -> MeshError:
+    """RESOURCE_EXHAUSTED (LIMIT_REACHED) with RetryInfo and a QuotaFailure whose subject is the limit's name."""
+    LIMITED.labels(name).inc()
+    return MeshError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.ERROR_REASON_LIMIT_REACHED,
+        f"{description}; try again in {math.ceil(retry_after_s)} s",
+        metadata={"limit": name},
+        quota=[(name, description)],
+        retry_after_s=retry_after_s,
+    )
+
+
+class RateLimiter:
+    """Counts what somebody does and refuses what goes beyond a limit such as `5/15minutes` (`limits` has the notation)."""
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self._storage = _storage(settings)
+        self._shared = SlidingWindowCounterRateLimiter(self._storage)
+        self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._away_until = 0.0
+        self._items: dict[str, RateLimitItem] = {}
+
+    async def aclose(self) -> None:
+        """Close the connections to Redis."""
+        await self._storage.bridge.storage.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # known only to the bridge in use
+
+    async def hit(self, limit: str, name: str, *who: str, cost: int = 1) -> None:
+        """Count `cost` for `who` under the limit called `name`. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED); then nothing is counted."""
+        item = self._item(limit)
+        if not await self._ask(lambda strategy: strategy.hit(item, name, *who, cost=cost)):
+            await self._refuse(item, name, *who)
+
+    async def check(self, limit: str, name: str, *who: str, cost: int = 1) -> None:
+        """As `hit`, but counts nothing: for what counts only once it has failed."""
+        item = self._item(limit)
+        if not await self._ask(lambda strategy: strategy.test(item, name, *who, cost=cost)):
+            await self._refuse(item, name, *who)
+
+    async def count(self, limit: str, name: str, *who: str, cost: int = 1) -> None:
+        """Count without refusing."""
+        item = self._item(limit)
+        await self._ask(lambda strategy: strategy.hit(item, name, *who, cost=cost))
+
+    async def _refuse(self, item: RateLimitItem, name: str, *who: str) -> None:
+        window = await self._ask(lambda strategy: strategy.get_window_stats(item, name, *who))
+        retry_after_s = min(max(1.0, window.reset_time - time.time()), float(item.get_expiry()))
+        raise limit_reached(name, f"more than {item.amount} in {item.get_expiry()} s", retry_after_s=retry_after_s)
+
+    async def _ask(self, ask: Callable[[SlidingWindowCounterRateLimiter], Awaitable[T]]) -> T:
+        if time.monotonic() >= self._away_until:
+            try:
+                return await ask(self._shared)
+            except (RedisError, OSError) as error:
+                self._away_until = time.monotonic() + REDIS_PAUSE_S
+                _log.warning("limits.redis_away", error=repr(error))
+        return await ask(self._own)
+
+    def _item(self, limit: str) -> RateLimitItem:
+        item = self._items.get(limit)
+        if item is None:
+            item = self._items[limit] = parse(limit)
+        return item
+
+
+def _storage(settings: RedisSettings) -> RedisStorage:
+    url = settings.redis_url.get_secret_value()
+    kind, scheme = (RedisClusterStorage, "redis+cluster") if settings.redis_cluster else (RedisStorage, "redis")
+    return kind(
+        f"async+{scheme}{url.removeprefix('redis')}",
+        implementation="redispy",
+        key_prefix=f"{settings.redis_prefix}:limits",
+        socket_timeout=COMMAND_TIMEOUT_S,
+        socket_connect_timeout=COMMAND_TIMEOUT_S,
+        max_connections=CONNECTIONS_MAX,
+    )

@@ -1,0 +1,363 @@
+"""API keys through the real server: made, shown once, listed, revoked, limited, and changed for access tokens."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+import sqlalchemy as sa
+
+from gateway import api_keys as domain
+from gateway.api_keys import secret_hash
+from gateway.tables import api_keys, revocations, users
+from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
+from genmesh.identity.v1 import identity_pb2
+from servicekit.database import transaction
+from servicekit.errors import Reason, permission_denied
+from servicekit.interceptors import Errors
+from servicekit.tls import TlsFiles, server_credentials
+from tests.service.gateway.callers import Person, admin, bearer, claims_of, create_key, get_me, key_sign_in, person, revoke_key, update
+
+FORM = re.compile(r"gmk_[0-9A-Za-z]{12}_[0-9A-Za-z]{43}")
+
+
+def timestamp(time: datetime) -> Any:
+    message = identity_pb2.ApiKey().expire_time
+    message.FromDatetime(time)
+    return message
+
+
+async def change_row(gateway: Any, api_key_id: str, **values: Any) -> None:
+    async with transaction(gateway.engine) as connection:
+        await connection.execute(api_keys.update().where(api_keys.c.api_key_id == uuid.UUID(api_key_id)).values(**values))
+
+
+async def row(gateway: Any, api_key_id: str) -> Any:
+    async with transaction(gateway.engine) as connection:
+        return (await connection.execute(api_keys.select().where(api_keys.c.api_key_id == uuid.UUID(api_key_id)))).one()
+
+
+async def list_keys(gateway: Any, owner: Person, **page: Any) -> identity_pb2.ListApiKeysResponse:
+    return await gateway.users.ListApiKeys(identity_pb2.ListApiKeysRequest(**page), metadata=owner.metadata)
+
+
+async def disable(gateway: Any, owner: Person) -> None:
+    async with transaction(gateway.engine) as connection:
+        await connection.execute(users.update().where(users.c.user_id == owner.user_id).values(disabled_time=sa.func.now()))
+
+
+# --- for owners
+
+
+async def test_the_secret_is_shown_once_and_stored_as_a_hash(gateway: Any) -> None:
+    owner = await person(gateway)
+    expire_time = timestamp(datetime.now(UTC) + timedelta(days=1))
+    made = await create_key(gateway, owner, "submit", "read", display_name="laptop", expire_time=expire_time)
+    assert FORM.fullmatch(made.secret)
+    key = made.api_key
+    assert made.secret.startswith(key.prefix + "_")
+    assert uuid.UUID(key.api_key_id).version == 7
+    assert (key.display_name, key.expire_time) == ("laptop", expire_time)
+    assert list(key.scopes) == [identity_pb2.API_KEY_SCOPE_SUBMIT, identity_pb2.API_KEY_SCOPE_READ]
+    assert not key.HasField("last_use_time")
+    assert not key.HasField("revoke_time")
+    stored = await row(gateway, key.api_key_id)
+    assert stored.key_hash == secret_hash(made.secret)
+    assert made.secret.rpartition("_")[2] not in repr(tuple(stored))
+    [listed] = (await list_keys(gateway, owner)).api_keys
+    assert listed == key
+
+
+async def test_keys_are_listed_newest_first_to_their_owner_only(gateway: Any, refused: Any) -> None:
+    owner, other = await person(gateway), await person(gateway)
+    made = [(await create_key(gateway, owner)).api_key for _ in range(5)]
+    await create_key(gateway, other)
+    found: list[identity_pb2.ApiKey] = []
+    token = ""
+    while True:
+        page = await list_keys(gateway, owner, page_size=2, page_token=token)
+        found += page.api_keys
+        token = page.next_page_token
+        if not token:
+            break
+        error = await refused(gateway.users.ListApiKeys(identity_pb2.ListApiKeysRequest(page_token=token), metadata=other.metadata))
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert found == made[::-1]
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"display_name": ""}, "display_name"),
+        ({"display_name": "x" * 101}, "display_name"),
+        ({"display_name": "a\0b"}, "display_name"),
+        ({"scopes": []}, "scopes"),
+        ({"scopes": [identity_pb2.API_KEY_SCOPE_READ] * 2}, "scopes"),
+        ({"scopes": [identity_pb2.API_KEY_SCOPE_UNSPECIFIED]}, "scopes[0]"),
+        ({"scopes": [77]}, "scopes[0]"),
+        ({"expire_time": timestamp(datetime(2020, 1, 1, tzinfo=UTC))}, "expire_time"),
+        ({"expire_time": {"seconds": 2**60}}, "expire_time"),
+        ({"daily_ceiling_millicredits": -1}, "daily_ceiling_millicredits"),
+    ],
+)
+async def test_what_making_a_key_refuses(gateway: Any, refused: Any, values: dict[str, Any], field: str) -> None:
+    owner = await person(gateway)
+    error = await refused(create_key(gateway, owner, **values))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.message.startswith(f"{field}: ")
+    assert not (await list_keys(gateway, owner)).api_keys
+
+
+async def test_of_many_keys_made_at_once_only_so_many_work(gateway: Any, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(domain, "WORKING_KEYS_MAX", 3)
+    owner = await person(gateway)
+    answers = await asyncio.gather(*(create_key(gateway, owner) for _ in range(8)), return_exceptions=True)
+    made = [answer.api_key for answer in answers if isinstance(answer, identity_pb2.CreateApiKeyResponse)]
+    assert len(made) == len((await list_keys(gateway, owner)).api_keys) == 3
+    error = await refused(create_key(gateway, owner))
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
+    # What works no more takes no room.
+    await revoke_key(gateway, owner, made[0].api_key_id)
+    await create_key(gateway, owner)
+    await change_row(gateway, made[1].api_key_id, expire_time=sa.func.now())
+    await create_key(gateway, owner)
+    await refused(create_key(gateway, owner))
+
+
+async def test_revoking_ends_a_key_for_good(gateway: Any, refused: Any) -> None:
+    owner = await person(gateway)
+    made = await create_key(gateway, owner)
+    token = (await key_sign_in(gateway, made.secret)).access_token
+    revoked = await revoke_key(gateway, owner, made.api_key.api_key_id)
+    assert abs(revoked.revoke_time.ToSeconds() - time.time()) < 60
+    error = await refused(key_sign_in(gateway, made.secret))
+    assert error.reason == Reason.ERROR_REASON_API_KEY_INVALID
+    await gateway.deps.revocations.poll()
+    error = await refused(get_me(gateway, token))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAUTHENTICATED, Reason.ERROR_REASON_TOKEN_REVOKED)
+    # Again: no error, nothing new.
+    assert await revoke_key(gateway, owner, made.api_key.api_key_id) == revoked
+    async with transaction(gateway.engine) as connection:
+        about = revocations.c.subject_id == uuid.UUID(made.api_key.api_key_id)
+        assert (await connection.execute(sa.select(sa.func.count()).where(about))).scalar_one() == 1
+    await get_me(gateway, owner.access_token)  # the owner's own session goes on
+
+
+async def test_keys_of_others_are_not_there(gateway: Any, refused: Any) -> None:
+    owner, other = await person(gateway), await person(gateway)
+    made = await create_key(gateway, owner)
+    for api_key_id in (made.api_key.api_key_id, str(uuid.uuid4())):
+        error = await refused(revoke_key(gateway, other, api_key_id))
+        assert (error.code, error.message) == (grpc.StatusCode.NOT_FOUND, "API key not found")
+    await key_sign_in(gateway, made.secret)
+
+
+# --- for programs
+
+
+async def test_a_key_is_changed_for_an_access_token(gateway: Any) -> None:
+    owner = await person(gateway)
+    made = await create_key(gateway, owner, "read", "submit")
+    session = await key_sign_in(gateway, made.secret)
+    assert (session.refresh_token, session.user) == ("", owner.user)
+    claims = claims_of(session.access_token)
+    assert set(claims) == {"iss", "aud", "sub", "iat", "exp", "jti", "roles", "plan", "api_key_id", "scopes"}
+    assert (claims["sub"], claims["api_key_id"]) == (owner.user.user_id, made.api_key.api_key_id)
+    assert (claims["scopes"], claims["roles"], claims["plan"]) == (["read", "submit"], [], "PLAN_FREE")
+    assert claims["exp"] - claims["iat"] == gateway.settings.access_token_ttl_s
+    assert session.expire_time.ToSeconds() == claims["exp"]
+    assert (await get_me(gateway, session.access_token)).user == owner.user
+
+
+async def test_a_key_does_only_what_its_scopes_say(gateway: Any, refused: Any) -> None:
+    owner = await person(gateway)
+    submit = (await key_sign_in(gateway, (await create_key(gateway, owner, "submit")).secret)).access_token
+    error = await refused(get_me(gateway, submit))
+    assert (error.code, error.reason, error.metadata) == (
+        grpc.StatusCode.PERMISSION_DENIED,
+        Reason.ERROR_REASON_SCOPE_MISSING,
+        {"scope": "read"},
+    )
+    everything = await create_key(gateway, owner, "read", "submit", "admin")
+    token = (await key_sign_in(gateway, everything.secret)).access_token
+    # No key makes, lists or ends keys.
+    for call, request in (
+        (gateway.users.CreateApiKey, identity_pb2.CreateApiKeyRequest(display_name="x", scopes=[identity_pb2.API_KEY_SCOPE_READ])),
+        (gateway.users.ListApiKeys, identity_pb2.ListApiKeysRequest()),
+        (gateway.users.RevokeApiKey, identity_pb2.RevokeApiKeyRequest(api_key_id=everything.api_key.api_key_id)),
+    ):
+        error = await refused(call(request, metadata=bearer(token)))
+        assert (error.reason, error.metadata) == (Reason.ERROR_REASON_SCOPE_MISSING, {"scope": ""})
+    # The scope admin is not the role.
+    error = await refused(gateway.admin.ListUsers(identity_pb2.ListUsersRequest(), metadata=bearer(token)))
+    assert error.reason == Reason.ERROR_REASON_PERMISSION_DENIED
+
+
+async def test_roles_of_the_owner_come_with_the_scope_admin_only(gateway: Any, refused: Any) -> None:
+    owner = await admin(gateway)
+    plain = (await key_sign_in(gateway, (await create_key(gateway, owner, "read", "submit")).secret)).access_token
+    assert claims_of(plain)["roles"] == []
+    await refused(gateway.admin.ListUsers(identity_pb2.ListUsersRequest(), metadata=bearer(plain)))
+    privileged = (await key_sign_in(gateway, (await create_key(gateway, owner, "admin")).secret)).access_token
+    assert claims_of(privileged)["roles"] == ["admin"]
+    await gateway.admin.ListUsers(identity_pb2.ListUsersRequest(), metadata=bearer(privileged))
+
+
+async def test_no_token_outlives_its_key(gateway: Any) -> None:
+    owner = await person(gateway)
+    expire_time = datetime.now(UTC) + timedelta(seconds=90)
+    made = await create_key(gateway, owner, expire_time=timestamp(expire_time))
+    session = await key_sign_in(gateway, made.secret)
+    assert claims_of(session.access_token)["exp"] == session.expire_time.ToSeconds() == int(expire_time.timestamp())
+
+
+async def test_whatever_is_wrong_with_a_key_is_told_alike(gateway: Any, refused: Any) -> None:
+    owner, gone = await person(gateway), await person(gateway)
+    right, revoked, expired = [await create_key(gateway, owner) for _ in range(3)]
+    of_disabled = await create_key(gateway, gone)
+    await revoke_key(gateway, owner, revoked.api_key.api_key_id)
+    await change_row(gateway, expired.api_key.api_key_id, expire_time=sa.func.now())
+    await disable(gateway, gone)
+    wrong = [
+        right.api_key.prefix + "_" + "x" * 43,
+        "gmk_" + "x" * 12 + right.secret[16:],
+        right.secret[:-1],
+        right.secret + "x",
+        " " + right.secret,
+        right.api_key.prefix,
+        "gmk_\0",
+        "é" * 60,
+        revoked.secret,
+        expired.secret,
+        of_disabled.secret,
+    ]
+    errors = [await refused(key_sign_in(gateway, secret)) for secret in wrong]
+    assert {(error.code, error.reason, error.message, str(error.metadata)) for error in errors} == {
+        (grpc.StatusCode.UNAUTHENTICATED, Reason.ERROR_REASON_API_KEY_INVALID, "the API key is not valid", "{}")
+    }
+    await key_sign_in(gateway, right.secret)
+
+
+async def test_last_use_is_told_to_the_minute(gateway: Any) -> None:
+    owner = await person(gateway)
+    made = await create_key(gateway, owner)
+    await key_sign_in(gateway, made.secret)
+    assert (await row(gateway, made.api_key.api_key_id)).last_use_time is None  # off the way of the call
+    await gateway.deps.api_keys.note_uses()
+    [listed] = (await list_keys(gateway, owner)).api_keys
+    assert listed.last_use_time.ToSeconds() % 60 == 0
+    assert abs(listed.last_use_time.ToSeconds() - time.time()) < 120
+    # A use long ago is renewed, one noted in this minute is not written again.
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    await change_row(gateway, made.api_key.api_key_id, last_use_time=long_ago)
+    await key_sign_in(gateway, made.secret)
+    await gateway.deps.api_keys.note_uses()
+    assert (await row(gateway, made.api_key.api_key_id)).last_use_time > long_ago
+    await change_row(gateway, made.api_key.api_key_id, last_use_time=datetime(2999, 1, 1, tzinfo=UTC))
+    await key_sign_in(gateway, made.secret)
+    await gateway.deps.api_keys.note_uses()
+    assert (await row(gateway, made.api_key.api_key_id)).last_use_time.year == 2999
+
+
+async def test_a_changed_plan_is_in_the_next_token_which_works_at_once(gateway: Any) -> None:
+    owner, boss = await person(gateway), await admin(gateway)
+    made = await create_key(gateway, owner)
+    await update(gateway, boss, owner.user_id, plan=identity_pb2.PLAN_PRO)
+    await gateway.deps.revocations.poll()
+    token = (await key_sign_in(gateway, made.secret)).access_token
+    assert claims_of(token)["plan"] == "PLAN_PRO"
+    assert (await get_me(gateway, token)).user.plan == identity_pb2.PLAN_PRO
+
+
+async def test_guessing_is_slow(start_gateway: Any, refused: Any) -> None:
+    gateway = await start_gateway(sign_in_client_failures_max=3)
+    owner = await person(gateway)
+    made = await create_key(gateway, owner)
+    guesser = [("x-client-address", "203.0.113.7")]
+    for _ in range(3):
+        error = await refused(key_sign_in(gateway, "gmk_guess", guesser))
+        assert error.reason == Reason.ERROR_REASON_API_KEY_INVALID
+    for secret in ("gmk_guess", made.secret):  # who guesses is not told that a guess was right
+        error = await refused(key_sign_in(gateway, secret, guesser))
+        assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
+        assert error.retry_after_s is not None
+    await key_sign_in(gateway, made.secret, [("x-client-address", "203.0.113.8")])
+
+
+# --- ceilings
+
+
+class CreditsStandIn(credits_pb2_grpc.CreditsServiceServicer):
+    """credit_service as far as ceilings of keys go."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[credits_pb2.SetKeyCeilingRequest, dict[str, Any]]] = []
+        self.refuse = False
+
+    async def SetKeyCeiling(self, request: credits_pb2.SetKeyCeilingRequest, context: Any) -> credits_pb2.SetKeyCeilingResponse:  # noqa: N802
+        self.calls.append((request, dict(context.invocation_metadata())))
+        if self.refuse:
+            # As services answer: with a typed reason.
+            call: Any = type("Call", (), {"context": context, "method": "x", "code": None})()
+            async with Errors().around(call):
+                raise permission_denied("no")
+        return credits_pb2.SetKeyCeilingResponse()
+
+
+@pytest_asyncio.fixture(scope="module")
+async def credit_service(certificates: Path) -> AsyncIterator[tuple[CreditsStandIn, str]]:
+    stand_in = CreditsStandIn()  # pyright: ignore[reportAbstractUsage]  # its other methods are not called
+    server = grpc.aio.server()
+    credits_pb2_grpc.add_CreditsServiceServicer_to_server(stand_in, server)
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(TlsFiles.of(certificates, "credit_service")))
+    await server.start()
+    yield stand_in, f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest_asyncio.fixture(scope="module")
+async def with_credits(start_gateway: Any, credit_service: tuple[CreditsStandIn, str]) -> Any:
+    return await start_gateway(credits_address=credit_service[1])
+
+
+async def test_ceilings_are_set_in_the_owners_name(with_credits: Any, credit_service: tuple[CreditsStandIn, str]) -> None:
+    stand_in, _ = credit_service
+    stand_in.calls.clear()
+    owner = await person(with_credits)
+    made = await create_key(with_credits, owner, daily_ceiling_millicredits=0, monthly_ceiling_millicredits=5)
+    [(request, metadata)] = stand_in.calls
+    assert request == credits_pb2.SetKeyCeilingRequest(api_key_id=made.api_key.api_key_id, daily_millicredits=0, monthly_millicredits=5)
+    assert metadata["authorization"] == f"Bearer {owner.access_token}"
+    stand_in.calls.clear()
+    await create_key(with_credits, owner, monthly_ceiling_millicredits=7)
+    [(request, _)] = stand_in.calls
+    assert not request.HasField("daily_millicredits")
+    stand_in.calls.clear()
+    await create_key(with_credits, owner)
+    assert stand_in.calls == []
+
+
+async def test_without_its_ceiling_there_is_no_key(
+    gateway: Any, with_credits: Any, credit_service: tuple[CreditsStandIn, str], refused: Any
+) -> None:
+    stand_in, _ = credit_service
+    owner = await person(with_credits)
+    stand_in.refuse = True
+    try:
+        error = await refused(create_key(with_credits, owner, daily_ceiling_millicredits=1))
+    finally:
+        stand_in.refuse = False
+    assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
+    assert not (await list_keys(with_credits, owner)).api_keys
+    # Nobody listens where this one looks for credit_service.
+    alone = await person(gateway)
+    error = await refused(create_key(gateway, alone, daily_ceiling_millicredits=1))
+    assert error.code is grpc.StatusCode.UNAVAILABLE
+    assert not (await list_keys(gateway, alone)).api_keys

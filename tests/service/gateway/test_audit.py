@@ -1,0 +1,295 @@
+"""The audit trail: acts leave entries, which administrators list and nobody changes."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from gateway import app
+from genmesh.identity.v1 import identity_pb2 as pb
+from genmesh.identity.v1 import identity_pb2_grpc
+from servicekit.client import mesh_channel
+from servicekit.database import migrate, transaction
+from servicekit.errors import Reason
+from servicekit.settings import DatabaseSettings
+from tests.service.gateway.callers import (
+    PASSWORD,
+    Person,
+    admin,
+    bearer,
+    create_key,
+    fresh_email,
+    key_sign_in,
+    person,
+    revoke_key,
+    sign_in,
+    update,
+)
+
+IDENTITY = "genmesh.identity.v1.IdentityService"
+UPDATE_USER = "genmesh.identity.v1.IdentityAdminService/UpdateUser"
+
+
+@pytest_asyncio.fixture(scope="module")
+async def boss(gateway: Any) -> Person:
+    return await admin(gateway)
+
+
+@pytest_asyncio.fixture(scope="module")
+async def trail(gateway: Any) -> AsyncIterator[Any]:
+    """AuditService, as jobs_service calls it."""
+    async with mesh_channel(gateway.settings, f"127.0.0.1:{gateway.port}", caller="jobs_service", service="gateway") as channel:
+        yield identity_pb2_grpc.AuditServiceStub(channel)
+
+
+async def entries(gateway: Any, boss: Person, **selection: Any) -> list[pb.AuditEntry]:
+    """All pages of entries, newest first."""
+    found: list[pb.AuditEntry] = []
+    token = ""
+    while True:
+        request = pb.ListAuditEntriesRequest(page_token=token, **selection)
+        page = await gateway.admin.ListAuditEntries(request, metadata=boss.metadata)
+        found += page.audit_entries
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+def begin(trail: Any, **values: Any) -> Any:
+    return trail.BeginAuditEntry(pb.BeginAuditEntryRequest(entry=pb.AuditEntry(**values)))
+
+
+def finish(trail: Any, audit_entry_id: str, **values: Any) -> Any:
+    return trail.FinishAuditEntry(pb.FinishAuditEntryRequest(audit_entry_id=audit_entry_id, **values))
+
+
+def fresh_id() -> str:
+    return str(uuid.uuid4())
+
+
+# --- what the gateway itself writes down
+
+
+async def test_an_act_leaves_who_what_whom_from_where_and_how_it_ended(gateway: Any, boss: Person) -> None:
+    who = await person(gateway)
+    request = pb.UpdateUserRequest(user_id=who.user.user_id, roles=pb.Roles(roles=["operator"]), plan=pb.PLAN_PRO)
+    request_id = fresh_id()
+    metadata = [*boss.metadata, ("x-client-address", "203.0.113.9"), ("x-request-id", request_id)]
+    await gateway.admin.UpdateUser(request, metadata=metadata)
+    [entry] = await entries(gateway, boss, subject=who.user.user_id, method=UPDATE_USER)
+    assert uuid.UUID(entry.audit_entry_id).version == 7
+    assert abs(entry.act_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(minutes=1)
+    assert (entry.actor_user_id, entry.actor_api_key_id, entry.actor_service) == (boss.user.user_id, "", "")
+    assert (entry.method, entry.subject) == (UPDATE_USER, who.user.user_id)
+    assert (entry.client_address, entry.request_id) == ("203.0.113.9", request_id)
+    assert (entry.HasField("code"), entry.code, entry.reason) == (True, 0, "")
+    assert dict(entry.details) == {"roles_before": "", "roles": "operator", "plan_before": "PLAN_FREE", "plan": "PLAN_PRO"}
+
+
+async def test_refusals_are_written_down_too(gateway: Any, boss: Person, refused: Any) -> None:
+    nobody = fresh_id()
+    await refused(update(gateway, boss, nobody, disabled=True))
+    [entry] = await entries(gateway, boss, subject=nobody)
+    assert (entry.code, entry.reason) == (grpc.StatusCode.NOT_FOUND.value[0], "ERROR_REASON_NOT_FOUND")
+
+
+async def test_keys_leave_entries_without_secrets(gateway: Any, boss: Person, refused: Any) -> None:
+    who = await person(gateway)
+    made = await create_key(gateway, who, "read", "admin")
+    await key_sign_in(gateway, made.secret)
+    await refused(key_sign_in(gateway, made.secret[:-1] + "!"))
+    await revoke_key(gateway, who, made.api_key.api_key_id)
+    found = await entries(gateway, boss, subject=made.api_key.api_key_id)
+    assert [entry.method for entry in found] == [f"{IDENTITY}/RevokeApiKey", f"{IDENTITY}/SignIn"]
+    assert {entry.actor_user_id for entry in found} == {who.user.user_id}
+    [entry] = await entries(gateway, boss, actor_user_id=who.user.user_id, method=f"{IDENTITY}/CreateApiKey")
+    assert dict(entry.details) == {"api_key_id": made.api_key.api_key_id, "prefix": made.api_key.prefix, "scopes": "read,admin"}
+    assert made.secret.rpartition("_")[2] not in repr(await entries(gateway, boss))
+
+
+async def test_an_act_with_a_key_says_which(gateway: Any, boss: Person) -> None:
+    made = await create_key(gateway, boss, "admin")
+    token = (await key_sign_in(gateway, made.secret)).access_token
+    await gateway.admin.ListUsers(pb.ListUsersRequest(page_size=1), metadata=bearer(token))
+    entry = (await entries(gateway, boss, actor_user_id=boss.user.user_id, method="genmesh.identity.v1.IdentityAdminService/ListUsers"))[0]
+    assert (entry.actor_user_id, entry.actor_api_key_id) == (boss.user.user_id, made.api_key.api_key_id)
+
+
+async def test_a_failed_sign_in_is_written_down_without_an_actor(gateway: Any, boss: Person, refused: Any) -> None:
+    who = await person(gateway)
+    wrong = pb.PasswordCredential(email=who.user.email, password="wrong password")
+    await refused(gateway.users.SignIn(pb.SignInRequest(password=wrong)))
+    entry = (await entries(gateway, boss, subject=who.user.user_id, method=f"{IDENTITY}/SignIn"))[0]
+    assert (entry.actor_user_id, entry.code, entry.reason) == ("", 16, "ERROR_REASON_BAD_CREDENTIALS")
+
+
+# --- what other services send
+
+
+async def test_a_service_begins_and_finishes_an_entry(gateway: Any, boss: Person, trail: Any) -> None:
+    entry = {
+        "audit_entry_id": fresh_id(),
+        "actor_user_id": fresh_id(),
+        "actor_api_key_id": fresh_id(),
+        "method": "genmesh.jobs.v1.JobsAdminService/Requeue",
+        "subject": fresh_id(),
+        "client_address": "203.0.113.4",
+        "request_id": "r-1",
+        "details": {"a": "1", "b": "2"},
+    }
+    await begin(trail, **entry)
+    [begun] = await entries(gateway, boss, subject=entry["subject"])
+    assert not begun.HasField("code")
+    assert {name: getattr(begun, name) for name in entry if name != "details"} | {"details": dict(begun.details)} == entry
+    await begin(trail, **entry | {"subject": "something else"})  # sent again: changes nothing
+    await finish(trail, begun.audit_entry_id, code=9, reason="ERROR_REASON_JOB_TERMINAL", details={"b": "3", "c": "4"})
+    await finish(trail, begun.audit_entry_id, code=0)  # the first outcome stays
+    [finished] = await entries(gateway, boss, subject=entry["subject"])
+    assert (finished.code, finished.reason, dict(finished.details)) == (9, "ERROR_REASON_JOB_TERMINAL", {"a": "1", "b": "3", "c": "4"})
+    assert finished.act_time == begun.act_time
+
+
+async def test_an_entry_can_come_with_its_outcome(gateway: Any, boss: Person, trail: Any) -> None:
+    subject = fresh_id()
+    await begin(trail, audit_entry_id=fresh_id(), actor_service="jobs_service", subject=subject, code=0, reason="")
+    [entry] = await entries(gateway, boss, subject=subject)
+    assert (entry.HasField("code"), entry.code, entry.actor_service) == (True, 0, "jobs_service")
+
+
+async def test_what_cannot_be_stored_is_cut_and_not_refused(gateway: Any, boss: Person, trail: Any) -> None:
+    subject = fresh_id()
+    details = {f"{number:03}": "x" * 5000 for number in range(100)} | {"00\0": "\0"}
+    await begin(trail, audit_entry_id=fresh_id(), subject=subject + "\0", method="m" * 5000, request_id="r" * 5000, details=details)
+    [entry] = await entries(gateway, boss, subject=subject)
+    assert len(entry.method) == 256
+    assert len(entry.request_id) == 128
+    assert len(entry.details) == 32
+    assert {len(value) for value in entry.details.values()} == {0, 512}
+
+
+async def test_what_is_no_entry(trail: Any, refused: Any) -> None:
+    assert (await refused(begin(trail, audit_entry_id="x"))).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await refused(begin(trail, audit_entry_id=fresh_id(), actor_user_id="x"))).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await refused(finish(trail, "x"))).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await refused(finish(trail, fresh_id()))).code is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("caller", ["envoy", "gateway"])
+async def test_only_services_write(gateway: Any, boss: Person, refused: Any, caller: str) -> None:
+    async with mesh_channel(gateway.settings, f"127.0.0.1:{gateway.port}", caller=caller, service="gateway") as channel:
+        stub: Any = identity_pb2_grpc.AuditServiceStub(channel)
+        for metadata in ([], boss.metadata):
+            request = pb.BeginAuditEntryRequest(entry=pb.AuditEntry(audit_entry_id=fresh_id()))
+            error = await refused(stub.BeginAuditEntry(request, metadata=metadata))
+            assert error.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+# --- listing
+
+
+async def test_entries_are_selected_and_paged(gateway: Any, boss: Person, trail: Any, refused: Any) -> None:
+    actor, subject, method = fresh_id(), fresh_id(), f"test/{fresh_id()}"
+    made: list[str] = []
+    for number in range(7):
+        made.append(fresh_id())
+        await begin(trail, audit_entry_id=made[-1], actor_user_id=actor, subject=subject if number % 2 else "x", method=method)
+    everything = await entries(gateway, boss, actor_user_id=actor, page_size=2)
+    assert [entry.audit_entry_id for entry in everything] == made[::-1]
+    times = [entry.act_time.ToNanoseconds() for entry in everything]
+    assert times == sorted(times, reverse=True)
+    assert [entry.audit_entry_id for entry in await entries(gateway, boss, method=method, subject=subject, page_size=1)] == made[5::-2]
+    begun, ended = everything[4].act_time, everything[1].act_time
+    between = await entries(gateway, boss, method=method, start_time=begun, end_time=ended, page_size=2)
+    assert between == everything[2:5]
+    # The token of one selection is not one of another.
+    page = await gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(method=method, page_size=1), metadata=boss.metadata)
+    other = pb.ListAuditEntriesRequest(method=method, subject=subject, page_token=page.next_page_token)
+    error = await refused(gateway.admin.ListAuditEntries(other, metadata=boss.metadata))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert await entries(gateway, boss, subject="\0") == []
+
+
+@pytest.mark.parametrize("selection", [{"actor_user_id": "x"}, {"start_time": {"seconds": 2**60}}, {"end_time": {"seconds": -(2**60)}}])
+async def test_selections_that_make_no_sense(gateway: Any, boss: Person, refused: Any, selection: dict[str, Any]) -> None:
+    error = await refused(gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(**selection), metadata=boss.metadata))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_only_administrators_list(gateway: Any, boss: Person, refused: Any) -> None:
+    operator = await person(gateway)
+    await update(gateway, boss, operator.user_id, roles=["operator"])
+    for caller in (await person(gateway), await sign_in(gateway, operator.user.email)):
+        error = await refused(gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(), metadata=caller.metadata))
+        assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
+
+
+# --- in the database
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE audit_entries SET subject = 'x'",
+        "DELETE FROM audit_entries",
+        "TRUNCATE audit_entries CASCADE",
+        "UPDATE audit_outcomes SET code = 0",
+        "DELETE FROM audit_outcomes",
+        "TRUNCATE audit_outcomes",
+    ],
+)
+async def test_nothing_is_changed_or_removed_even_by_the_owner(gateway: Any, boss: Person, statement: str) -> None:
+    async def run(*statements: str) -> None:
+        async with transaction(gateway.engine) as connection:
+            for one in statements:
+                await connection.execute(sa.text(one))
+
+    before = await entries(gateway, boss, method=UPDATE_USER)
+    await update(gateway, boss, (await person(gateway)).user_id, disabled=True)
+    with pytest.raises(DBAPIError):
+        await run(statement)
+    # With the rights that the owner of a table can give back to itself, too.
+    with pytest.raises(DBAPIError, match="append-only"):
+        await run("GRANT ALL ON audit_entries, audit_outcomes TO CURRENT_USER", statement)
+    [_, *rest] = await entries(gateway, boss, method=UPDATE_USER)
+    assert rest == before
+
+
+async def test_what_cannot_be_written_down_does_not_happen(postgres: Any, start_gateway: Any, refused: Any) -> None:
+    url = postgres.create_database()
+    await asyncio.to_thread(migrate, DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)
+    gateway = await start_gateway(database_url=url)
+    boss, who = await admin(gateway), await person(gateway)
+
+    async def rights(statement: str) -> None:
+        async with transaction(gateway.engine) as connection:
+            await connection.execute(sa.text(statement))
+
+    await rights("REVOKE INSERT ON audit_entries FROM CURRENT_USER")
+    error = await refused(update(gateway, boss, who.user_id, roles=["admin"]))
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_UNAVAILABLE)
+    error = await refused(create_key(gateway, who))
+    assert error.code is grpc.StatusCode.UNAVAILABLE
+    me = await gateway.users.GetMe(pb.GetMeRequest(), metadata=who.metadata)  # what is not audited goes on
+    assert me.user == who.user
+    await rights("GRANT INSERT ON audit_entries TO CURRENT_USER")
+    # An outcome that cannot be written down undoes nothing.
+    await rights("REVOKE INSERT ON audit_outcomes FROM CURRENT_USER")
+    await update(gateway, boss, who.user_id, plan=pb.PLAN_PRO)
+    await rights("GRANT INSERT ON audit_outcomes TO CURRENT_USER")
+    [entry] = await entries(gateway, boss, subject=who.user.user_id, method=UPDATE_USER)
+    assert not entry.HasField("code")
+
+
+async def test_registering_is_written_down(gateway: Any, boss: Person) -> None:
+    email = fresh_email()
+    user = (await gateway.users.RegisterUser(pb.RegisterUserRequest(email=email, password=PASSWORD))).user
+    [entry] = await entries(gateway, boss, subject=user.user_id)
+    assert (entry.method, entry.code) == (f"{IDENTITY}/RegisterUser", 0)
+    assert email not in repr(entry)
