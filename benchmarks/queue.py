@@ -107,7 +107,7 @@ async def raw(client: "redis.Redis", jobs: list[Job], count: int, *, variadic: b
 
 async def queue(client: "redis.Redis", jobs: list[Job], count: int) -> None:
     """The queue as the services use it."""
-    ours = JobQueue(client, f"q{secrets.token_hex(4)}", lease_s=60, worker_id="worker", owner_limits=LIMITS)
+    ours = JobQueue(client, f"q{secrets.token_hex(4)}", lease_s=60, blocking=client, worker_id="worker", owner_limits=LIMITS)
     await ours.put_many(jobs)
     done = 0
     while done < len(jobs):

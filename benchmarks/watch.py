@@ -145,7 +145,7 @@ def measured_server(orders: Connection, directory: str, jwk: dict[str, Any], red
         telemetry.configure(settings, service="jobs_service", role="serve")
         client = streams.connect(RedisSettings.model_validate({"redis_url": redis_url}), blocking=True)
         log = EventLog(client, PREFIX, retention_s=600)
-        hub = Hub(log)
+        hub = Hub(log, watches_max=10**6)
         verifier = TokenVerifier(Keys(jwk), issuer=settings.token_issuer, audience=settings.token_audience)
         server = MeshServer(settings, service="jobs_service", verifier=verifier, checks={})
         unused: Any = None

@@ -50,7 +50,9 @@ def sign_in_code(
     Raises CommandError when they refuse, do not come back in time, or no redirect to this machine is allowed.
     """
     endpoint = urlsplit(google.authorization_endpoint)
-    if endpoint.scheme != "https" and endpoint.hostname not in {LOOPBACK, "localhost"}:
+    on_loopback = endpoint.scheme == "http" and endpoint.hostname in {LOOPBACK, "localhost"}
+    # Not any other scheme, wherever it claims to lead: what is opened here is whatever the desktop has for it.
+    if not endpoint.hostname or not (endpoint.scheme == "https" or on_loopback):
         raise CommandError("the edge names no safe address to sign in at", "tell whoever runs this genmesh")
     redirect = _loopback_redirect(google.redirect_uris)
     state, nonce, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(32), secrets.token_urlsafe(64)

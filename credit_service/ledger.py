@@ -384,8 +384,8 @@ class EntryQuery:
 
     def position(self, token: str) -> int | None:
         """The entry that a page follows; None for the first page. Raises INVALID_ARGUMENT."""
-        position = paging.decode_token(token, self._bytes())
-        return None if position is None else int.from_bytes(position)
+        position = paging.decode_token(token, self._bytes(), length=_ENTRY_ID_BYTES)
+        return None if position is None else min(int.from_bytes(position), INT64_MAX)
 
     def _bytes(self) -> bytes:
         parts = (self.user_id, self.job_id, sorted(self.kinds), self.start_time, self.end_time)

@@ -200,7 +200,7 @@ class TopUpQuery:
 
     def position(self, token: str) -> UUID | None:
         """The purchase that a page follows; None for the first page. Raises INVALID_ARGUMENT."""
-        position = paging.decode_token(token, self.user_id.bytes)
+        position = paging.decode_token(token, self.user_id.bytes, length=paging.ID_BYTES)
         return None if position is None else UUID(bytes=position)
 
     def page(self, found: Sequence[TopUp], limit: int) -> tuple[Sequence[TopUp], str]:

@@ -15,6 +15,7 @@ from credit_service.audit import Auditor
 from credit_service.balances import BalanceFeed
 from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
+from servicekit import audit
 from servicekit.database import reading, transaction
 from servicekit.errors import invalid
 from servicekit.identity import current_principal, current_user_id
@@ -111,6 +112,10 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
     async def GrantCredits(self, request: pb.GrantCreditsRequest, context: Context) -> pb.GrantCreditsResponse:
         """See LedgerAdminService."""
         user_id = UUID(request.user_id)
+        expire_time = _moment("expire_time", request.expire_time) if request.HasField("expire_time") else None
+        audit.about(amount_millicredits=str(request.amount_millicredits), reason=request.reason)
+        if expire_time is not None:
+            audit.about(expire_time=expire_time.isoformat())
         with self._feed.changing(user_id):
             async with transaction(self._engine) as connection:
                 answer = await store.grant(
@@ -120,7 +125,7 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
                     user_id=user_id,
                     amount_millicredits=request.amount_millicredits,
                     reason=request.reason,
-                    expire_time=_moment("expire_time", request.expire_time) if request.HasField("expire_time") else None,
+                    expire_time=expire_time,
                 )
         balance = ledger.granted(answer)
         _log.info(
@@ -137,6 +142,7 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
     async def ClawbackCredits(self, request: pb.ClawbackCreditsRequest, context: Context) -> pb.ClawbackCreditsResponse:
         """See LedgerAdminService."""
         user_id = UUID(request.user_id)
+        audit.about(amount_millicredits=str(request.amount_millicredits), reason=request.reason)
         with self._feed.changing(user_id):
             async with transaction(self._engine) as connection:
                 answer = await store.clawback(
@@ -198,11 +204,15 @@ class LedgerAdminServicer(pb_grpc.LedgerAdminServiceServicer):
         """See LedgerAdminService."""
         with self._auditor.audit() as begun:
             yield pb.AuditLedgerResponse()
+            found = 0
             async with aclosing(begun) as findings:
                 async for finding in findings:
                     if isinstance(finding, ledger.Discrepancy):
+                        found += 1
+                        audit.about(discrepancy_count=str(found))  # as far as it got, should nobody wait for the summary
                         yield pb.AuditLedgerResponse(discrepancy=pb.Discrepancy(**asdict(finding)))
                     else:
+                        audit.about(discrepancy_count=str(finding.discrepancy_count))
                         yield pb.AuditLedgerResponse(summary=_summary(finding))
 
 
@@ -292,6 +302,11 @@ def _api_key_id(text: str) -> UUID:
 async def _set_ceiling(
     engine: AsyncEngine, user_id: UUID, api_key_id: UUID | None, request: pb.SetKeyCeilingRequest | pb.SetUserCeilingRequest
 ) -> pb.Ceiling:
+    for name in ("daily_millicredits", "monthly_millicredits"):
+        if request.HasField(name):
+            audit.about(**{name: str(getattr(request, name))})
+    if request.lift:
+        audit.about(lift="true")
     async with transaction(engine) as connection:
         outcome, ceiling = await store.set_ceiling(
             connection,

@@ -51,6 +51,9 @@ class Refusal:
 
 _JWT = "jwt_authn_access_denied"
 _KEY = "ext_authz_denied"
+# Only the transcoder says what is wrong with a request: the words of others are a status's name, or none.
+_TRANSCODER = ("grpc_json_transcode_failure", "early_grpc_json_transcode_failure")
+_UNREADABLE = "the request cannot be read"
 
 REFUSALS = (
     Refusal(
@@ -124,15 +127,24 @@ REFUSALS = (
     Refusal(
         504, code_pb2.DEADLINE_EXCEEDED, ErrorReason.ERROR_REASON_UNAVAILABLE, "the service did not answer in time", retry_after_s=SOON_S
     ),
+    # A transfer encoding that is not known.
+    Refusal(501, code_pb2.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_MALFORMED_REQUEST, _UNREADABLE),
     Refusal(500, code_pb2.INTERNAL, ErrorReason.ERROR_REASON_INTERNAL, "internal error", or_above=True),
-    Refusal(
-        400,
-        code_pb2.INVALID_ARGUMENT,
-        ErrorReason.ERROR_REASON_MALFORMED_REQUEST,
-        "the request cannot be read",
-        or_above=True,
-        explain=True,
+    *(
+        Refusal(
+            400,
+            code_pb2.INVALID_ARGUMENT,
+            ErrorReason.ERROR_REASON_MALFORMED_REQUEST,
+            _UNREADABLE,
+            details=details,
+            or_above=True,
+            explain=True,
+        )
+        for details in _TRANSCODER
     ),
+    Refusal(408, code_pb2.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_MALFORMED_REQUEST, "the request did not arrive in time"),
+    Refusal(431, code_pb2.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_MALFORMED_REQUEST, "the headers of the request are too large"),
+    Refusal(400, code_pb2.INVALID_ARGUMENT, ErrorReason.ERROR_REASON_MALFORMED_REQUEST, _UNREADABLE, or_above=True),
 )
 
 

@@ -27,6 +27,10 @@ CLUSTER_OF_PACKAGE = {
     "genmesh.credits.v1": "credit_service",
     "genmesh.inference.v1": "inference_service",
 }
+# Streams have clusters of their own, so that they cannot use up what calls need: the name of a service's and this.
+STREAMS = "_streams"
+# The one service that reads cookies (gateway/cookies.py); to the others a refresh token is none of their business.
+COOKIE_SERVICE = "genmesh.identity.v1.IdentityService"
 
 READ_TRY_TIMEOUT = "10s"
 READ_RETRIES = 2
@@ -231,7 +235,7 @@ def _route(method: PublicMethod) -> Json:
     cluster = CLUSTER_OF_PACKAGE.get(method.service.rpartition(".")[0])
     if cluster is None:
         raise ValueError(f"no cluster serves {method.service}")
-    action: Json = {"cluster": cluster}
+    action: Json = {"cluster": cluster + STREAMS if method.streaming else cluster}
     if method.streaming:
         # timeout counts from the request's end to the response's end, 15 s by default: never for a stream.
         action |= {
@@ -258,7 +262,8 @@ def _route(method: PublicMethod) -> Json:
         }
     # Transcoded and grpc-web requests have become application/grpc… by the time they are routed.
     is_grpc: Json = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
-    return {"match": {"path": method.path, "headers": [is_grpc]}, "route": action}
+    route: Json = {"match": {"path": method.path, "headers": [is_grpc]}, "route": action}
+    return route if method.service == COOKIE_SERVICE else route | {"request_headers_to_remove": ["cookie"]}
 
 
 def _wrong_method_routes(methods: Iterable[PublicMethod]) -> Iterator[Json]:

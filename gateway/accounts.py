@@ -4,6 +4,7 @@ The rules are in `identity`, the SQL in `store`; no connection is held while a p
 """
 
 import uuid
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -15,14 +16,14 @@ from uuid_utils.compat import uuid7
 from gateway import identity, store
 from gateway.breached import BreachedPasswords
 from gateway.identity import Account, ExternalIdentity, RefreshDecision
-from gateway.oidc import Proof, Providers
+from gateway.oidc import Code, Proof, Providers
 from gateway.passwords import Passwords
 from gateway.revocations import revoke
 from gateway.throttle import Throttle, client_network
 from gateway.tokens import SigningKeys
 from servicekit import audit, paging
-from servicekit.database import transaction
-from servicekit.errors import MeshError, Reason, invalid, not_found, unauthenticated
+from servicekit.database import reading, transaction
+from servicekit.errors import MeshError, Reason, invalid, not_found, permission_denied, unauthenticated
 from servicekit.identity import ROLE_ADMIN
 
 PAGES_OF = b"users"
@@ -42,6 +43,8 @@ class TokenPolicy:
     access_token_ttl: timedelta
     refresh_token_ttl: timedelta
     session_ttl: timedelta
+    recent_sign_in: timedelta
+    """What outlives a session is done only so soon after it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +103,15 @@ class Accounts:
         Raises ALREADY_EXISTS (EMAIL_TAKEN), INVALID_ARGUMENT (PASSWORD_BREACHED), RESOURCE_EXHAUSTED (LIMIT_REACHED).
         """
         email = identity.canonical_email(email)
-        await self._throttle.registration(client_network(client_address))
+        client = client_network(client_address)
+        await self._throttle.registration(client)
         if await self._breached.known(password):
             raise invalid(
                 "password",
                 "is known from a breach of another site; choose another",
                 reason=Reason.ERROR_REASON_PASSWORD_BREACHED,
             )
-        account = await self._insert(email, password, display_name, roles=())
+        account = await self._insert(email, password, display_name, roles=(), client=client)
         if account is None:
             raise _email_taken("an account with this e-mail address exists; sign in")
         audit.about(subject=str(account.user_id))
@@ -129,8 +133,10 @@ class Accounts:
         elif ROLE_ADMIN not in existing.roles:
             _log.warning("admin.address_taken", user_id=str(existing.user_id))
 
-    async def _insert(self, email: str, password: str, display_name: str, *, roles: tuple[str, ...]) -> Account | None:
-        password_hash = await self._passwords.hash(password)
+    async def _insert(
+        self, email: str, password: str, display_name: str, *, roles: tuple[str, ...], client: str | None = None
+    ) -> Account | None:
+        password_hash = await self._passwords.hash(password, client=client)
         async with transaction(self._engine) as connection:
             return await store.insert_user(
                 connection,
@@ -147,20 +153,22 @@ class Accounts:
         email = identity.canonical_email(email, "password.email")
         client = client_network(client_address)
         audit.about(credential="password")
-        async with self._throttle.client("sign_in_client", client):
-            async with transaction(self._engine) as connection:
-                found = await store.get_password(connection, email, client_network=client)
-            if found is not None:
-                audit.about(subject=str(found.account.user_id))
-            async with self._throttle.password(email, client, known=found is not None and found.known_client):
-                verdict = await self._passwords.verify(found.hash if found else None, password)
+        async with reading(self._engine) as connection:
+            found = await store.get_password(connection, email, client_network=client)
+        if found is not None:
+            audit.about(subject=str(found.account.user_id))
+        known = found is not None and found.known_client
+        async with self._throttle.client("sign_in_client", client, known=known):
+            async with self._throttle.password(email, client, known=known):
+                verdict = await self._passwords.verify(found.hash if found else None, password, client=client)
                 if found is None or not verdict.correct:
                     raise unauthenticated(Reason.ERROR_REASON_BAD_CREDENTIALS, "e-mail address or password is wrong")
-        renewed = await self._passwords.hash(password) if verdict.outdated else None
-        async with transaction(self._engine) as connection:
-            if renewed is not None:
-                await store.replace_password_hash(connection, found.account.user_id, old=found.hash, new=renewed)
-            session = await self._start_session(connection, found.account.user_id, client)
+            await self._throttle.success(str(found.account.user_id), client)
+            renewed = await self._passwords.hash(password, client=client) if verdict.outdated else None
+            async with transaction(self._engine) as connection:
+                if renewed is not None:
+                    await store.replace_password_hash(connection, found.account.user_id, old=found.hash, new=renewed)
+                session = await self._start_session(connection, found.account.user_id, client)
         return self._tokens(session)
 
     async def sign_in_elsewhere(self, proof: Proof, *, client_address: str) -> Tokens:
@@ -171,22 +179,31 @@ class Accounts:
         """
         client = client_network(client_address)
         audit.about(credential=proof.name)
-        proven = await self._prove(proof, client)
-        async with transaction(self._engine) as connection:
-            account = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
-            if account is None:
-                account = await self._adopt(connection, proven)
-            session = await self._start_session(connection, account.user_id, client)
+        async with self._guarded(proof, client):
+            proven = await self._providers.prove(proof)
+            await self._throttle.success(f"{proven.issuer} {proven.subject}", client)
+            async with transaction(self._engine) as connection:
+                account = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
+                if account is None:
+                    account = await self._adopt(connection, proven)
+                session = await self._start_session(connection, account.user_id, client)
         return self._tokens(session)
 
-    async def link(self, user_id: uuid.UUID, proof: Proof, *, client_address: str) -> None:
+    async def link(self, user_id: uuid.UUID, session_id: uuid.UUID | None, proof: Proof, *, client_address: str) -> None:
         """Let an account be signed in to through another identity provider from now on. The same link again is no error.
 
-        Raises UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED),
+        A link outlives the session that makes it, so that has to be a young one: a stolen access or refresh token is not enough.
+
+        Raises UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED, ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED),
         RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
         """
         audit.about(credential=proof.name)
-        proven = await self._prove(proof, client_network(client_address))
+        async with reading(self._engine) as connection:
+            age = await store.session_age(connection, session_id, user_id=user_id) if session_id is not None else None
+        if age is None or age > self._policy.recent_sign_in:
+            raise permission_denied("to link an identity, sign in again and do it soon after")
+        async with self._guarded(proof, client_network(client_address)):
+            proven = await self._providers.prove(proof)
         audit.about(issuer=proven.issuer, external_subject=proven.subject)
         async with transaction(self._engine) as connection:
             account = await store.share_user(connection, user_id)
@@ -203,15 +220,26 @@ class Accounts:
             raise MeshError(grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_IDENTITY_TAKEN, message)
 
     async def refresh(self, refresh_token: str, *, client_address: str) -> Tokens:
-        """Change a refresh token for new tokens. Raises UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+        """Change a refresh token for new tokens.
+
+        Raises UNAUTHENTICATED (REFRESH_TOKEN_INVALID; TOKEN_MISSING without one), RESOURCE_EXHAUSTED (LIMIT_REACHED).
 
         There is no grace for a second use, be it two tabs at once or a reply that was lost: to answer it would be to give tokens
         to whoever copied the first. Clients keep others of their own from refreshing at the same time.
         """
-        # Pages that ask whether somebody is signed in are no guesses, and must not stop those who are.
-        what = "refresh_client" if refresh_token else "refresh_nothing"
-        async with self._throttle.client(what, client_network(client_address)):
-            return self._tokens(await self._rotate(refresh_token))
+        # A page that asks whether somebody is signed in is no guess: nothing is counted, and with this reason nothing is written down.
+        if not refresh_token:
+            raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "there is no refresh token; sign in")
+        client, token_hash = client_network(client_address), identity.refresh_token_hash(refresh_token)
+        async with self._throttle.unguessable("refresh_client", client):
+            async with reading(self._engine) as connection:
+                owner_id = await store.working_token_owner(connection, token_hash)
+            if owner_id is not None:
+                await self._throttle.success(str(owner_id), client)
+            session = await self._rotate(token_hash)
+        if session is None:
+            raise identity.refresh_token_invalid()
+        return self._tokens(session)
 
     async def sign_out(self, user_id: uuid.UUID, *, refresh_token: str) -> bool:
         """End the session of a refresh token, used or not; False if it is none of this user's, then nothing is changed."""
@@ -240,7 +268,7 @@ class Accounts:
     async def list_page(self, *, page_size: int, page_token: str, email: str) -> Page:
         """A page of all accounts, newest first; with `email`, of the one account with that address."""
         limit = paging.page_limit(page_size)
-        before = paging.decode_token(page_token, PAGES_OF)
+        before = paging.decode_token(page_token, PAGES_OF, length=paging.ID_BYTES)
         async with transaction(self._engine) as connection:
             if email:
                 account = await store.get_user_by_email(connection, identity.canonical_email(email))
@@ -251,15 +279,16 @@ class Accounts:
     async def member_page(self, *, page_size: int, page_token: str) -> Page:
         """A page of the accounts that are not disabled, oldest first."""
         limit = paging.page_limit(page_size)
-        after = paging.decode_token(page_token, PAGES_OF_MEMBERS)
+        after = paging.decode_token(page_token, PAGES_OF_MEMBERS, length=paging.ID_BYTES)
         async with transaction(self._engine) as connection:
             accounts = await store.list_enabled_users(connection, after=uuid.UUID(bytes=after) if after else None, limit=limit + 1)
         return _page(accounts, limit, PAGES_OF_MEMBERS)
 
-    async def _prove(self, proof: Proof, client: str) -> ExternalIdentity:
-        # Counted like wrong passwords: each code costs a call to the provider, each refusal an entry of the audit trail.
-        async with self._throttle.client("sign_in_client", client):
-            return await self._providers.prove(proof)
+    def _guarded(self, proof: Proof, client: str) -> AbstractAsyncContextManager[None]:
+        # Each code costs a call to the provider, right or wrong.
+        if isinstance(proof, Code):
+            return self._throttle.client("sign_in_client", client)
+        return self._throttle.unguessable("sign_in_client", client)
 
     async def _adopt(self, connection: AsyncConnection, proven: ExternalIdentity) -> Account:
         """The new account of an identity. Raises ALREADY_EXISTS (EMAIL_TAKEN).
@@ -309,9 +338,11 @@ class Accounts:
             ttl=self._policy.refresh_token_ttl,
         )
 
-    async def _rotate(self, refresh_token: str) -> _Session:
-        """The refusal is raised after the commit: that the session ended has to stay."""
-        token_hash = identity.refresh_token_hash(refresh_token)
+    async def _rotate(self, token_hash: bytes) -> _Session | None:
+        """The session with its next token; None if this token ended it, which the audit trail has to tell, whatever was counted.
+
+        Raises UNAUTHENTICATED (REFRESH_TOKEN_INVALID).
+        """
         async with transaction(self._engine) as connection:
             locked = await store.lock_refresh_token(connection, token_hash)
             decision = identity.decide_refresh(locked.state if locked else None)
@@ -332,7 +363,10 @@ class Accounts:
             session_id=str(locked.state.session_id) if locked else None,
             user_id=str(locked.account.user_id) if locked else None,
         )
-        raise identity.refresh_token_invalid()
+        # Only now, after the commit: that the session ended has to stay.
+        if decision is RefreshDecision.REFUSE:
+            raise identity.refresh_token_invalid()
+        return None
 
     async def _end(self, connection: AsyncConnection, session_id: uuid.UUID, user_id: uuid.UUID, reason: str) -> None:
         """End a session and what access tokens it has."""

@@ -1,20 +1,34 @@
 """What administrators do to accounts: plan, roles, disabling. Each change ends access tokens that say what is true no more."""
 
+import asyncio
 import uuid
 from collections.abc import Sequence
+from datetime import timedelta
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway import identity, store
 from gateway.identity import Account
-from gateway.revocations import revoke
+from gateway.revocations import MARGINS, revoke
 from servicekit import audit
 from servicekit.database import transaction
-from servicekit.errors import Reason, not_found, precondition
+from servicekit.errors import Reason, not_found, precondition, unavailable
 from servicekit.identity import ROLE_ADMIN
 
+CHANGE_WAIT_MAX_S = 5.0
+"""How long a change of an account waits for those before it."""
+
 _log = structlog.get_logger(__name__)
+
+
+class _TooSoonError(Exception):
+    """The tokens of the account were revoked a moment ago: each revocation in one second pushes the times that tokens say further
+    ahead, until nobody believes them."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__()
+        self.wait_s = wait_s
 
 
 class Administration:
@@ -35,8 +49,25 @@ class Administration:
         """Change what is not None; what is so already stays as it is, a plan with its start.
 
         Access tokens of the account are revoked if anything changed; disabling ends its sessions too. Raises NOT_FOUND,
-        FAILED_PRECONDITION (LAST_ADMIN).
+        FAILED_PRECONDITION (LAST_ADMIN), UNAVAILABLE (too many changes of one account at once).
         """
+        left_s = CHANGE_WAIT_MAX_S
+        while True:
+            try:
+                before, account = await self._change(user_id, plan=plan, roles=roles, disabled=disabled)
+            except _TooSoonError as error:
+                if error.wait_s > left_s:
+                    raise unavailable("this account is being changed too often", error.wait_s) from error
+                left_s -= error.wait_s
+                await asyncio.sleep(error.wait_s)
+            else:
+                _tell(before, account, actor_id)
+                return account
+
+    async def _change(
+        self, user_id: uuid.UUID, *, plan: str | None, roles: Sequence[str] | None, disabled: bool | None
+    ) -> tuple[Account, Account]:
+        """The account before and after. Raises what `update` does; _TooSoonError, then nothing is changed."""
         async with transaction(self._engine) as connection:
             before = account = await store.lock_user(connection, user_id)
             if before is None or account is None:
@@ -57,9 +88,11 @@ class Administration:
                 await store.end_sessions(connection, user_id, identity.RefreshDecision.END_ACCOUNT_DISABLED.value)
             # Enabled again: tokens from before were revoked then.
             if account != before and (account.disabled or not before.disabled):
+                too_soon = await store.revoked_ahead(connection, user_id) - MARGINS["user"]
+                if too_soon > timedelta():
+                    raise _TooSoonError(too_soon.total_seconds())
                 await revoke(connection, "user", user_id)
-        _tell(before, account, actor_id)
-        return account
+        return before, account
 
 
 def _administers(roles: Sequence[str], *, disabled: bool) -> bool:

@@ -1,6 +1,7 @@
 """IdentityAdminService: messages to domain calls and back."""
 
 import uuid
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ from gateway.audit import AuditLog
 from gateway.messages import moment, timestamp, user_message
 from gateway.store import AuditFilter, AuditRow
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
+from servicekit import audit
 from servicekit.identity import current_user_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -44,6 +46,8 @@ class IdentityAdminServicer(identity_pb2_grpc.IdentityAdminServiceServicer):
 
     async def ListUsers(self, request: identity_pb2.ListUsersRequest, context: Context) -> identity_pb2.ListUsersResponse:
         """See the proto."""
+        if request.email:
+            audit.about(email=request.email)
         page = await self._accounts.list_page(page_size=request.page_size, page_token=request.page_token, email=request.email)
         return identity_pb2.ListUsersResponse(users=map(user_message, page.accounts), next_page_token=page.next_page_token)
 
@@ -70,5 +74,6 @@ class IdentityAdminServicer(identity_pb2_grpc.IdentityAdminServiceServicer):
             start_time=moment(request.start_time, "start_time") if request.HasField("start_time") else None,
             end_time=moment(request.end_time, "end_time") if request.HasField("end_time") else None,
         )
+        audit.about(**{f"filter_{name}": str(value) for name, value in asdict(selection).items() if value})
         rows, next_page_token = await self._audit_log.list_page(selection, page_size=request.page_size, page_token=request.page_token)
         return identity_pb2.ListAuditEntriesResponse(audit_entries=map(audit_entry_message, rows), next_page_token=next_page_token)

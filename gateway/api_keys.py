@@ -28,7 +28,7 @@ from gateway.tokens import SigningKeys
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from servicekit import audit, paging
 from servicekit.client import call_metadata
-from servicekit.database import reading, transaction, translate
+from servicekit.database import transaction, translate
 from servicekit.errors import MeshError, Reason, from_rpc_error, not_found, unauthenticated
 
 WORKING_KEYS_MAX = 100
@@ -153,7 +153,7 @@ class ApiKeys:
         """A page of a user's keys, newest first, and the token of the next page."""
         limit = paging.page_limit(page_size)
         query = PAGES_OF + user_id.bytes
-        before = paging.decode_token(page_token, query)
+        before = paging.decode_token(page_token, query, length=paging.ID_BYTES)
         async with transaction(self._engine) as connection:
             keys = await store.list_api_keys(connection, user_id, before=uuid.UUID(bytes=before) if before else None, limit=limit + 1)
         more = len(keys) > limit
@@ -176,23 +176,33 @@ class ApiKeys:
     # --- for programs
 
     async def sign_in(self, secret: str, *, client_address: str) -> Tokens:
+        """As `check`, so many times an hour."""
+        audit.about(credential="api_key")
+        tokens = await self.check(secret, client_address=client_address)
+        await self._throttle.success(str(tokens.account.user_id), client_network(client_address))
+        return tokens
+
+    async def check(self, secret: str, *, client_address: str) -> Tokens:
         """An access token for a key; its refresh token is empty.
 
-        Raises UNAUTHENTICATED (API_KEY_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED) for an address that sent too many wrong ones.
+        Raises UNAUTHENTICATED (API_KEY_INVALID); RESOURCE_EXHAUSTED (LIMIT_REACHED) for wrong keys of an address that sent too many.
         """
-        audit.about(credential="api_key")
-        async with self._throttle.client("api_keys", client_network(client_address)):
+        async with self._throttle.unguessable("api_keys", client_network(client_address)):
             return await self.prove(secret)
 
     async def prove(self, secret: str) -> Tokens:
-        """As `sign_in`, however many wrong keys were sent: for one that was right a moment ago."""
+        """As `check`, but wrong ones are not counted."""
         form = _FORM.fullmatch(secret)
         if form is None:
             raise api_key_invalid()
-        async with reading(self._engine) as connection:
+        async with transaction(self._engine) as connection:
             found = await store.find_api_key(connection, form[1])
-        # Compared whatever was found: how long it takes tells nothing.
-        right = hmac.compare_digest(found.key_hash if found else _NO_HASH, secret_hash(secret))
+            # Compared whatever was found: how long it takes tells nothing.
+            right = hmac.compare_digest(found.key_hash if found else _NO_HASH, secret_hash(secret))
+            if found is not None and right:
+                # Read again, and kept from changing until the token's times are known: who disables an account ends the tokens it has.
+                await store.share_user(connection, found.account.user_id)
+                found = await store.find_api_key(connection, form[1])
         if found is None or not right or not found.works or found.account.disabled:
             raise api_key_invalid()
         self._note_use(found)

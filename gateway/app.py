@@ -107,6 +107,7 @@ def build_passwords(settings: GatewaySettings) -> Passwords:
         iterations=settings.password_hash_iterations,
         threads=settings.password_hash_threads,
         waiting_max=settings.password_hash_waiting_max,
+        client_max=settings.password_hash_client_max,
     )
 
 
@@ -134,6 +135,7 @@ def build_throttle(settings: GatewaySettings, limiter: RateLimiter) -> Throttle:
             account_hour=settings.sign_in_account_failures_max,
             client_hour=settings.sign_in_client_failures_max,
             registrations_client_hour=settings.registrations_max,
+            successes_account_client_hour=settings.sign_ins_max,
         ),
     )
 
@@ -146,6 +148,7 @@ def build_policy(settings: GatewaySettings) -> TokenPolicy:
         access_token_ttl=timedelta(seconds=settings.access_token_ttl_s),
         refresh_token_ttl=timedelta(seconds=settings.refresh_token_ttl_s),
         session_ttl=timedelta(seconds=settings.session_ttl_s),
+        recent_sign_in=timedelta(seconds=settings.recent_sign_in_s),
     )
 
 

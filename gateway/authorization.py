@@ -36,10 +36,7 @@ class KeyTokens:
         self._proving: dict[bytes, asyncio.Task[Tokens]] = {}
 
     async def get(self, secret: str, *, client_address: str) -> str:
-        """An access token for a key. Raises as `ApiKeys.sign_in`.
-
-        An address that sent too many wrong keys can go on with those that were right before.
-        """
+        """An access token for a key. Raises as `ApiKeys.check`."""
         digest = secret_hash(secret)
         known = self._proven.get(digest)
         if known is not None:
@@ -49,7 +46,7 @@ class KeyTokens:
         # One question for all who ask at the same time.
         proving = self._proving.get(digest)
         if proving is None:
-            proof = self._api_keys.sign_in(secret, client_address=client_address) if known is None else self._api_keys.prove(secret)
+            proof = self._api_keys.check(secret, client_address=client_address)
             proving = self._proving[digest] = asyncio.create_task(self._prove(digest, proof))
             proving.add_done_callback(lambda _: self._proving.pop(digest))
         tokens = await asyncio.shield(proving)
@@ -59,7 +56,7 @@ class KeyTokens:
         try:
             tokens = await proof
         except MeshError as error:
-            if error.code is grpc.StatusCode.UNAUTHENTICATED:
+            if error.code is not grpc.StatusCode.UNAVAILABLE:
                 self._proven.pop(digest, None)
             raise
         self._proven[digest] = _Proven(tokens, self._clock() + CACHE_S)

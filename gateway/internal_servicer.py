@@ -6,9 +6,11 @@ import grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from gateway import revocations
-from gateway.audit import AuditLog
+from gateway.audit import PACKAGES, AuditLog
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from servicekit.audit import AuditEntry
+from servicekit.errors import permission_denied
+from servicekit.identity import current_principal
 from servicekit.paging import PAGE_SIZE_DEFAULT
 from servicekit.revocations import PAGE_SIZE, Revoked
 
@@ -63,7 +65,8 @@ class AuditServicer(identity_pb2_grpc.AuditServiceServicer):
                 details=dict(entry.details),
                 code=entry.code if entry.HasField("code") else None,
                 reason=entry.reason,
-            )
+            ),
+            reporter=_reporter(),
         )
         return identity_pb2.BeginAuditEntryResponse()
 
@@ -78,6 +81,14 @@ class AuditServicer(identity_pb2_grpc.AuditServiceServicer):
                 code=request.code,
                 reason=request.reason,
                 details=dict(request.details),
-            )
+            ),
+            reporter=_reporter(),
         )
         return identity_pb2.FinishAuditEntryResponse()
+
+
+def _reporter() -> str:
+    service = current_principal().service
+    if service not in PACKAGES:
+        raise permission_denied("this service reports no acts")
+    return service

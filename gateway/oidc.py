@@ -43,6 +43,8 @@ KEY_ID_MAX = 256
 EMAIL = re.compile(r"[!-?A-~]+@[!-?A-~]+")
 """Printable ASCII, as in RegisterUser."""
 LOOPBACK_REDIRECT = re.compile(r"(?P<host>http://(?:127\.0\.0\.1|\[::1\])):[0-9]{1,5}(?P<path>/[^?#]*)?")
+DNS_NAME = re.compile(r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?")
+"""With a dot, and a last label that no resolver takes for a part of an IPv4 address."""
 ERROR_CODE = re.compile(r"[a-z_]{1,64}")
 SCOPE = "openid email profile"
 
@@ -54,6 +56,8 @@ def check_outside_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query or parts.fragment or not parts.hostname:
         raise ValueError("expected an address without user, query or fragment")
+    if not (_is_loopback(parts) or _ip_address(parts.hostname) or DNS_NAME.fullmatch(parts.hostname)):
+        raise ValueError("expected a DNS name with a dot, or an IP address in its usual form")
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts)):
         raise ValueError("expected https://… (http only on loopback)")
     return url
@@ -61,10 +65,17 @@ def check_outside_url(url: str) -> str:
 
 def _is_loopback(parts: SplitResult) -> bool:
     host = parts.hostname or ""
+    address = _ip_address(host)
+    return host == "localhost" if address is None else address.is_loopback
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address, if the host is one in its canonical form: `127.1` and `0x7f000001` are for resolvers, who know what they mean."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return None
+    return address if str(address) == host and getattr(address, "scope_id", None) is None else None
 
 
 def _check_endpoint(url: Any, issuer: str) -> str:
@@ -75,11 +86,9 @@ def _check_endpoint(url: Any, issuer: str) -> str:
     if not _is_loopback(urlsplit(issuer)):
         if parts.scheme != "https":
             raise ValueError("expected https://…")
-        try:
-            public = ipaddress.ip_address(parts.hostname or "").is_global
-        except ValueError:
-            public = "." in (parts.hostname or "")
-        if not public:
+        host = parts.hostname or ""
+        address = _ip_address(host)
+        if not (address.is_global if address is not None else DNS_NAME.fullmatch(host) and not host.endswith(".localhost")):
             raise ValueError("expected a public address")
     return check_outside_url(url)
 

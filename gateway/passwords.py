@@ -5,6 +5,7 @@ What a password may look like is the proto's business; where hashes are kept is 
 
 import asyncio
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,24 +33,29 @@ class Verdict:
 class Passwords:
     """Hashes and verifies passwords; `close` it when done."""
 
-    def __init__(self, *, memory_kib: int, iterations: int, threads: int, waiting_max: int) -> None:
-        """At most `threads` passwords are worked on and `waiting_max` more wait."""
+    def __init__(self, *, memory_kib: int, iterations: int, threads: int, waiting_max: int, client_max: int) -> None:
+        """At most `threads` passwords are worked on and `waiting_max` more wait; of one client `client_max` in all."""
         # One lane a hash: the pool uses the cores.
         self._hasher = argon2.PasswordHasher(time_cost=iterations, memory_cost=memory_kib, parallelism=1)
         self._decoy = self._hasher.hash("no account has this password")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="passwords")
         self._pending_max = threads + waiting_max
         self._pending = 0
+        self._client_max = client_max
+        self._pending_of: Counter[str] = Counter()
 
     def close(self) -> None:
         """Let running work end and drop what waits."""
         self._pool.shutdown(cancel_futures=True)
 
-    async def hash(self, password: str) -> str:
-        """The argon2id hash of a password, with its parameters and salt. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
-        return await self._run(lambda: self._hasher.hash(normal(password)))
+    async def hash(self, password: str, *, client: str | None = None) -> str:
+        """The argon2id hash of a password, with its parameters and salt. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED).
 
-    async def verify(self, stored: str | None, password: str) -> Verdict:
+        `client`: who asks; None: the gateway itself.
+        """
+        return await self._run(lambda: self._hasher.hash(normal(password)), client)
+
+    async def verify(self, stored: str | None, password: str, *, client: str | None = None) -> Verdict:
         """Compare a password with a stored hash. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED).
 
         None (no such account) takes as long as a wrong password, so that time does not tell which addresses have accounts.
@@ -62,10 +68,11 @@ class Passwords:
                 return Verdict(correct=False)
             return Verdict(correct=stored is not None, outdated=stored is not None and self._hasher.check_needs_rehash(stored))
 
-        return await self._run(compare)
+        return await self._run(compare, client)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        if self._pending >= self._pending_max:
+    async def _run(self, work: Callable[[], T], client: str | None) -> T:
+        # Nobody, with however many accounts, takes all the places.
+        if self._pending >= self._pending_max or (client is not None and self._pending_of[client] >= self._client_max):
             raise MeshError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 Reason.ERROR_REASON_LIMIT_REACHED,
@@ -73,10 +80,14 @@ class Passwords:
                 retry_after_s=BUSY_RETRY_AFTER_S,
             )
         self._pending += 1
+        if client is not None:
+            self._pending_of[client] += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, work)
         finally:
             self._pending -= 1
+            if client is not None:
+                self._pending_of -= Counter((client,))  # which drops what is zero
 
 
 def normal(password: str) -> bytes:

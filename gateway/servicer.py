@@ -62,13 +62,14 @@ class IdentityServicer(ApiKeysServicer):
             case _:
                 tokens = await self._accounts.sign_in_elsewhere(_proof(request), client_address=_client_address())
         in_cookie = request.refresh_token_cookie and tokens.refresh_token != ""
-        await self._send_metadata(context, tokens, in_cookie=in_cookie)
-        return identity_pb2.SignInResponse(
+        response = identity_pb2.SignInResponse(
             access_token=tokens.access_token,
             expire_time=timestamp(tokens.expire_time),
             refresh_token="" if in_cookie else tokens.refresh_token,
             user=user_message(tokens.account),
         )
+        await self._send_metadata(context, tokens, in_cookie=in_cookie)
+        return response
 
     async def RefreshSession(self, request: identity_pb2.RefreshSessionRequest, context: Context) -> identity_pb2.RefreshSessionResponse:
         """See the proto. A token in the request is one that the caller chose; the cookie comes along by itself and then stays as it is."""
@@ -81,13 +82,14 @@ class IdentityServicer(ApiKeysServicer):
             if error.code is grpc.StatusCode.UNAUTHENTICATED and in_cookie and refresh_token:
                 await context.send_initial_metadata((cookies.forget(),))
             raise
-        await self._send_metadata(context, tokens, in_cookie=in_cookie)
-        return identity_pb2.RefreshSessionResponse(
+        response = identity_pb2.RefreshSessionResponse(
             access_token=tokens.access_token,
             expire_time=timestamp(tokens.expire_time),
             refresh_token="" if in_cookie else tokens.refresh_token,
             user=user_message(tokens.account),
         )
+        await self._send_metadata(context, tokens, in_cookie=in_cookie)
+        return response
 
     async def SignOut(self, request: identity_pb2.SignOutRequest, context: Context) -> identity_pb2.SignOutResponse:
         """See the proto."""
@@ -112,10 +114,17 @@ class IdentityServicer(ApiKeysServicer):
 
     async def LinkIdentity(self, request: identity_pb2.LinkIdentityRequest, context: Context) -> identity_pb2.LinkIdentityResponse:
         """See the proto."""
-        await self._accounts.link(uuid.UUID(current_user_id()), _proof(request), client_address=_client_address())
+        session_id = current_principal().session_id
+        await self._accounts.link(
+            uuid.UUID(current_user_id()),
+            uuid.UUID(session_id) if session_id is not None else None,
+            _proof(request),
+            client_address=_client_address(),
+        )
         return identity_pb2.LinkIdentityResponse()
 
     async def _send_metadata(self, context: Context, tokens: Tokens, *, in_cookie: bool) -> None:
+        """The last thing of a call: it goes out at once, and with a cookie in it the client has what it came for."""
         kept = (cookies.keep(tokens.refresh_token, max_age_s=self._cookie_max_age_s),) if in_cookie else ()
         # RFC 6749, 5.1: answers with tokens are nothing for caches.
         await context.send_initial_metadata((("cache-control", "no-store"), *kept))

@@ -47,6 +47,9 @@ class GatewaySettings(ServerSettings, DatabaseSettings, RedisSettings, SigningKe
     )
     password_hash_threads: int = Field(2, ge=1, le=32, description="Passwords hashed at the same time; each takes a core")
     password_hash_waiting_max: int = Field(64, ge=0, description="Passwords waiting for a thread; more are refused with RESOURCE_EXHAUSTED")
+    password_hash_client_max: int = Field(
+        32, ge=1, description="Passwords of one client address that are hashed or wait at the same time; more are refused likewise"
+    )
     # OWASP's recommendation for argon2id. A change takes effect for an account when it next signs in.
     password_hash_memory_kib: int = Field(19 * 1024, ge=1024, description="argon2id memory in KiB")
     password_hash_iterations: int = Field(2, ge=1, le=100, description="argon2id passes over the memory")
@@ -77,8 +80,15 @@ class GatewaySettings(ServerSettings, DatabaseSettings, RedisSettings, SigningKe
         description="Wrong passwords for one account an hour; then only clients that it has been signed in to from may try",
     )
     sign_in_client_failures_max: int = Field(
-        300, ge=1, description="Failed sign-ins, and failed refreshes, from one client address an hour; an IPv6 client is a /64 network"
+        300,
+        ge=1,
+        description="Failed sign-ins, failed refreshes and wrong API keys, each, from one client address an hour; an IPv6 client is a /64"
+        " network. What is right passes, passwords of accounts that were never signed in to from there excepted",
     )
+    sign_ins_max: int = Field(
+        1200, ge=1, description="Sign-ins and refreshes of one account from one client address an hour, those that succeed"
+    )
+    recent_sign_in_s: int = Field(900, ge=1, description="How soon after its sign-in a session may link another identity to its account")
     registrations_max: int = Field(600, ge=1, description="Attempts to register from one client address an hour")
 
     @field_validator("google_redirect_uris")

@@ -244,6 +244,28 @@ async def session_owner(connection: AsyncConnection, session_id: uuid.UUID) -> u
     return (await connection.execute(sa.select(sessions.c.user_id).where(sessions.c.session_id == session_id))).scalar_one_or_none()
 
 
+async def session_age(connection: AsyncConnection, session_id: uuid.UUID, *, user_id: uuid.UUID) -> timedelta | None:
+    """How long ago a session of this user began."""
+    query = sa.select(sa.func.now() - sessions.c.create_time).where(sessions.c.session_id == session_id, sessions.c.user_id == user_id)
+    return (await connection.execute(query)).scalar_one_or_none()
+
+
+async def working_token_owner(connection: AsyncConnection, token_hash: bytes) -> uuid.UUID | None:
+    """Whose session a refresh token can refresh right now."""
+    query = (
+        sa.select(sessions.c.user_id)
+        .join(refresh_tokens, refresh_tokens.c.session_id == sessions.c.session_id)
+        .where(
+            refresh_tokens.c.token_hash == token_hash,
+            refresh_tokens.c.use_time.is_(None),
+            refresh_tokens.c.expire_time > sa.func.now(),
+            sessions.c.end_time.is_(None),
+            sessions.c.expire_time > sa.func.now(),
+        )
+    )
+    return (await connection.execute(query)).scalar_one_or_none()
+
+
 async def find_session(connection: AsyncConnection, *, token_hash: bytes, user_id: uuid.UUID) -> uuid.UUID | None:
     """The session of a refresh token, if it is this user's."""
     query = (
@@ -503,9 +525,10 @@ async def insert_audit_entry(
     client_address: str,
     request_id: str,
     details: Mapping[str, str],
-) -> None:
-    """Write down an act, unless an entry with this id is there."""
-    await connection.execute(
+    reporter: str,
+) -> bool:
+    """Write down an act, unless an entry with this id is there; False if that one is another reporter's."""
+    inserted = await connection.execute(
         insert(audit_entries)
         .values(
             audit_entry_id=audit_entry_id,
@@ -517,27 +540,31 @@ async def insert_audit_entry(
             client_address=client_address,
             request_id=request_id,
             details=dict(details),
+            reporter=reporter,
         )
         .on_conflict_do_nothing(index_elements=[audit_entries.c.audit_entry_id])
     )
+    return bool(inserted.rowcount) or await _reported(connection, audit_entry_id, reporter)
 
 
 async def insert_audit_outcome(
-    connection: AsyncConnection, *, audit_entry_id: uuid.UUID, code: int, reason: str, details: Mapping[str, str]
+    connection: AsyncConnection, *, audit_entry_id: uuid.UUID, code: int, reason: str, details: Mapping[str, str], reporter: str
 ) -> bool:
-    """Write down how an act ended, unless that is known; False if there is no such entry."""
+    """Write down how an act ended, unless that is known; False if this reporter wrote no such entry."""
     entry = sa.select(audit_entries.c.audit_entry_id, sa.literal(code), sa.literal(reason), sa.literal(dict(details), type_=JSONB)).where(
-        audit_entries.c.audit_entry_id == audit_entry_id
+        audit_entries.c.audit_entry_id == audit_entry_id, audit_entries.c.reporter == reporter
     )
     inserted = await connection.execute(
         insert(audit_outcomes)
         .from_select(["audit_entry_id", "code", "reason", "details"], entry)
         .on_conflict_do_nothing(index_elements=[audit_outcomes.c.audit_entry_id])
     )
-    if inserted.rowcount:
-        return True
-    known = sa.select(sa.exists().where(audit_entries.c.audit_entry_id == audit_entry_id))
-    return bool((await connection.execute(known)).scalar_one())
+    return bool(inserted.rowcount) or await _reported(connection, audit_entry_id, reporter)
+
+
+async def _reported(connection: AsyncConnection, audit_entry_id: uuid.UUID, reporter: str) -> bool:
+    theirs = sa.select(sa.exists().where(audit_entries.c.audit_entry_id == audit_entry_id, audit_entries.c.reporter == reporter))
+    return bool((await connection.execute(theirs)).scalar_one())
 
 
 async def list_audit_entries(
@@ -610,6 +637,12 @@ async def insert_revocation(connection: AsyncConnection, *, kind: str, subject_i
         sa.func.date_trunc("second", sa.func.clock_timestamp()) + margin, _last_revoke_time(kind, subject_id) + ISSUED_AFTER
     )
     await connection.execute(revocations.insert().values(kind=kind, subject_id=subject_id, revoke_time=revoke_time))
+
+
+async def revoked_ahead(connection: AsyncConnection, user_id: uuid.UUID) -> timedelta:
+    """How far the last revocation of an account's tokens lies ahead of now; not above zero if it lies behind."""
+    ahead = _last_revoke_time("user", user_id) - sa.func.clock_timestamp()
+    return (await connection.execute(sa.select(sa.func.coalesce(ahead, sa.text("interval '0'"))))).scalar_one()
 
 
 async def account_issue_time(connection: AsyncConnection, user_id: uuid.UUID) -> datetime:

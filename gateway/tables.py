@@ -101,6 +101,8 @@ audit_entries = sa.Table(
     sa.Column("client_address", sa.Text, nullable=False),
     sa.Column("request_id", sa.Text, nullable=False),
     sa.Column("details", JSONB, nullable=False),
+    # Which service of the mesh wrote it down, as its certificate says; NULL: written before this was noted.
+    sa.Column("reporter", sa.Text),
     sa.Index("ix_audit_entries_act_time", "act_time", "audit_entry_id"),
     sa.Index("ix_audit_entries_actor_user_id", "actor_user_id", "act_time", "audit_entry_id"),
     sa.Index("ix_audit_entries_subject", "subject", "act_time", "audit_entry_id"),

@@ -1,9 +1,14 @@
-"""How often somebody may fail to prove who they are. Counted are failures; what succeeds costs nothing.
+"""How often somebody may try to prove who they are, and how often succeed.
 
-Three limits on passwords, each with another attacker in mind: one client that guesses one account's, one client that guesses
-anybody's, many clients that guess one account's. The last is the one that strangers could use to lock an owner out, so it does
-not hold for clients from which the account has been signed in to: whoever knows the password gets in from there, and through
+Three limits on failures with passwords, each with another attacker in mind: one client that guesses one account's, one client that
+guesses anybody's, many clients that guess one account's. The last two are those that others could use to lock an owner out, so they
+do not hold for clients from which the account has been signed in to: whoever knows the password gets in from there, and through
 another identity provider from anywhere.
+
+What cannot be guessed (refresh tokens, API keys, ID tokens) is looked at first: a right one passes whatever others at its address
+did, and of wrong ones only so many are told more than that there were too many.
+
+Successes are counted by account and client, not by client alone: who shares an address with somebody busy is not stopped.
 """
 
 import asyncio
@@ -16,8 +21,8 @@ from dataclasses import dataclass
 
 import grpc
 
-from servicekit.errors import MeshError
-from servicekit.limits import RateLimiter, limit_reached
+from servicekit.errors import MeshError, limit_reached
+from servicekit.limits import RateLimiter
 
 IPV6_CLIENT_PREFIX = 64
 """Bits of an IPv6 address that name a client: the rest is its own to choose."""
@@ -28,12 +33,13 @@ WAITING_RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class ThrottleLimits:
-    """Failures until somebody has to wait; of registrations all of them."""
+    """Failures until somebody has to wait; of registrations all of them, of sign-ins and refreshes those that succeed."""
 
     account_client_15min: int
     account_hour: int
     client_hour: int
     registrations_client_hour: int
+    successes_account_client_hour: int
 
 
 def client_network(address: str) -> str:
@@ -50,7 +56,7 @@ def client_network(address: str) -> str:
 
 
 class Throttle:
-    """Counts failed proofs, in Redis for all replicas together."""
+    """Counts proofs, in Redis for all replicas together."""
 
     def __init__(self, limiter: RateLimiter, limits: ThrottleLimits) -> None:
         self._limiter = limiter
@@ -62,15 +68,35 @@ class Throttle:
         """Count a registration, which also tells whether an address has an account. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
         await self._limiter.hit(f"{self._limits.registrations_client_hour}/hour", "registrations", client)
 
+    async def success(self, account: str, client: str) -> None:
+        """Count a proof that is right, before anything is made of it. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
+        await self._limiter.hit(f"{self._limits.successes_account_client_hour}/hour", "sign_ins", account, client)
+
     @asynccontextmanager
-    async def client(self, what: str, client: str) -> AsyncGenerator[None]:
-        """Around a proof of any kind: an UNAUTHENTICATED counts. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) after too many."""
-        async with self._counted(f"{self._limits.client_hour}/hour", what, client):
+    async def unguessable(self, what: str, client: str) -> AsyncGenerator[None]:
+        """Around all that a proof that cannot be guessed leads to: whatever refuses it counts.
+
+        After too many a refusal becomes RESOURCE_EXHAUSTED (LIMIT_REACHED); what is right passes.
+        """
+        try:
+            yield
+        except MeshError as error:
+            if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                await self._limiter.hit(f"{self._limits.client_hour}/hour", what, client)
+            raise
+
+    @asynccontextmanager
+    async def client(self, what: str, client: str, *, known: bool = False) -> AsyncGenerator[None]:
+        """Around all that a proof that can be guessed, or costs something, leads to: whatever refuses it counts.
+
+        Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) after too many; never if the client is `known`.
+        """
+        async with self._counted(f"{self._limits.client_hour}/hour", what, client, refuse=not known):
             yield
 
     @asynccontextmanager
     async def password(self, email: str, client: str, *, known: bool) -> AsyncGenerator[None]:
-        """Around the check of a password, likewise; `known`: the account has been signed in to from this client.
+        """Around the check of a password: a wrong one counts; `known`: the account has been signed in to from this client.
 
         The address need not have an account: the answer must not tell.
         """
@@ -84,16 +110,17 @@ class Throttle:
             yield
 
     @asynccontextmanager
-    async def _counted(self, limit: str, name: str, *who: str) -> AsyncGenerator[None]:
+    async def _counted(self, limit: str, name: str, *who: str, refuse: bool = True) -> AsyncGenerator[None]:
         key = (name, *who)
         # What is still being checked may fail too: guesses sent all at once are no way around the limit.
         self._pending[key] += 1
         try:
-            await self._limiter.check(limit, name, *who, cost=self._pending[key])
+            if refuse:
+                await self._limiter.check(limit, name, *who, cost=self._pending[key])
             try:
                 yield
             except MeshError as error:
-                if error.code is grpc.StatusCode.UNAUTHENTICATED:
+                if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     await self._limiter.count(limit, name, *who)
                 raise
         finally:

@@ -69,7 +69,14 @@ async def open_resources(settings: JobsSettings, stack: AsyncExitStack, *, role:
     stack.push_async_callback(blocking.aclose)
     media = stack.enter_context(ObjectStore(settings))
     channel = await stack.enter_async_context(mesh_channel(settings, settings.credits_address, caller=SERVICE, service="credit_service"))
-    queue = JobQueue(client, settings.redis_prefix, lease_s=settings.lease_seconds, worker_id=worker_id, owner_limits=settings.owner_limits)
+    queue = JobQueue(
+        client,
+        settings.redis_prefix,
+        lease_s=settings.lease_seconds,
+        worker_id=worker_id,
+        owner_limits=settings.owner_limits,
+        blocking=blocking,
+    )
     log = EventLog(client, settings.redis_prefix, retention_s=settings.event_retention_s, blocking=blocking)
     ledger = Ledger(channel, timeout_s=settings.rpc_timeout_s, hold_ttl_s=settings.hold_ttl_s)
     delivery = Delivery(engine, queue, log, ledger, media.presign)
@@ -131,7 +138,8 @@ async def serve(settings: ServeSettings, stop: asyncio.Event) -> None:
     async with AsyncExitStack() as stack:
         stack.enter_context(HttpServer(settings.metrics_address, {"/metrics": metrics_page}))
         resources = await open_resources(settings, stack, role="serve")
-        hub = Hub(resources.log)
+        # Watches are RPCs in flight: they leave room for those that make and cancel jobs.
+        hub = Hub(resources.log, watches_max=settings.max_concurrent_rpcs // 2)
         door = await stack.enter_async_context(remote_doorkeeper(settings, service=SERVICE))
         leases = WatchLeases(resources.client, settings.redis_prefix)
         rates = RateLimiter(settings)

@@ -3,9 +3,10 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 
 import structlog
@@ -52,23 +53,14 @@ class Checker:
         return verdict
 
     async def _ask(self, descriptor: int, content_type: str) -> Verdict:
-        process = await asyncio.create_subprocess_exec(
-            *(*self._command, content_type, self.limits.encode()),
-            stdin=descriptor,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
-            cwd="/",
-            start_new_session=True,
-        )
-        assert process.stdout is not None
+        process = self._start(descriptor, content_type)
         said = b""
         try:
-            async with asyncio.timeout(self.limits.wall_s):
-                while len(said) <= ANSWER_MAX_BYTES and (piece := await process.stdout.read(ANSWER_MAX_BYTES)):
+            async with asyncio.timeout(self.limits.wall_s), _reading(process) as stdout:
+                while len(said) <= ANSWER_MAX_BYTES and (piece := await stdout.read(ANSWER_MAX_BYTES)):
                     said += piece
                 if len(said) <= ANSWER_MAX_BYTES:
-                    await process.wait()
+                    await asyncio.to_thread(process.wait)
         except TimeoutError:
             # Processor time is what a file may take, and is refused beyond. This may be a busy machine: the file is not judged by it.
             _log.warning("upload_check.too_slow", content_type=content_type)
@@ -80,6 +72,19 @@ class Checker:
             _log.error("upload_check.did_not_begin", exit_code=process.returncode, said=said[:200])
             raise unavailable("the file cannot be checked right now", 5.0)
         return self._read(answer, content_type, process.returncode)
+
+    def _start(self, descriptor: int, content_type: str) -> "subprocess.Popen[bytes]":
+        # By `subprocess`, which does without fork: the fork of uvloop's own runs the handlers that gRPC has for forks, between its
+        # threads, and every tenth child or so did not live to its first line.
+        return subprocess.Popen(  # noqa: S603  # our own module
+            [*self._command, content_type, self.limits.encode()],
+            stdin=descriptor,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"LC_ALL": "C.UTF-8", "OPENBLAS_NUM_THREADS": "1"},
+            cwd="/",
+            start_new_session=True,
+        )
 
     def _read(self, answer: bytes, content_type: str, exit_code: int | None) -> Verdict:
         try:
@@ -102,15 +107,19 @@ class Checker:
         return 0 < verdict.duration_ms <= self.limits.max_duration_s * 1000 + 1 and not verdict.width and not verdict.height
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Leave nothing of it, also when cancelled: neither the process, nor what it may have started, nor the pipe."""
+@asynccontextmanager
+async def _reading(process: "subprocess.Popen[bytes]") -> AsyncGenerator[asyncio.StreamReader]:
+    """What a process says, while the block runs; the pipe is closed at its end."""
+    reader = asyncio.StreamReader(limit=ANSWER_MAX_BYTES)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
+    try:
+        yield reader
+    finally:
+        transport.close()
+
+
+async def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Leave nothing of a process, nor of what it may have started, also when cancelled."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # the leader of a session of its own
-
-    async def last_words() -> None:
-        await process.wait()
-        # Asyncio closes a pipe only once it has been read to its end; nobody is left who could write on.
-        while process.stdout is not None and await process.stdout.read(ANSWER_MAX_BYTES):
-            pass
-
-    await asyncio.shield(asyncio.ensure_future(last_words()))
+    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, process.wait))

@@ -18,9 +18,15 @@ class Refusal(enum.StrEnum):
     PIXELS = "pixels"
     ANIMATED = "animated"
     DURATION = "duration"
+    SAMPLES = "samples"
     AUDIO_FORM = "audio_form"
     NOT_FINITE = "not_finite"
     LIMITS = "limits"
+
+
+SAMPLES_PER_SECOND = 2 * 48_000
+"""Samples of audio, of all channels together, are capped at what the longest audio has in 48 kHz stereo. Without that cap 24 MB of silence
+in 8 channels of 384 kHz keep a decoder busy for minutes; with it, what is allowed is decoded well within the processor time of a check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,11 @@ class MediaLimits:
     memory_bytes: int
     cpu_s: int
     wall_s: float
+
+    @property
+    def max_samples(self) -> int:
+        """Samples that audio may have, of all channels together."""
+        return self.max_duration_s * SAMPLES_PER_SECOND
 
     def encode(self) -> str:
         """As one argument of a command."""
@@ -66,6 +77,7 @@ def message(refusal: Refusal, limits: MediaLimits) -> str:
         Refusal.PIXELS: f"the picture has more than {limits.max_pixels:,} pixels",
         Refusal.ANIMATED: "the picture is animated: only still pictures are taken",
         Refusal.DURATION: f"the audio is longer than {limits.max_duration_s:,} seconds",
+        Refusal.SAMPLES: f"the audio has more samples than {limits.max_duration_s:,} seconds of 48 kHz stereo (of Opus: mono) have",
         Refusal.AUDIO_FORM: "the audio has more than 8 channels, or a sample rate outside 1,000 to 384,000 Hz",
         Refusal.NOT_FINITE: "the audio has samples that are no numbers",
         Refusal.LIMITS: "decoding the file takes too much memory or time",

@@ -33,8 +33,8 @@ from PIL import Image, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImag
 
 from jobs_service.media import MediaLimits, Refusal
 
-CHUNKS_MAX = 200_000
-"""Parts of a container that are looked at: 100 MiB in parts of 512 bytes."""
+CHUNKS_MAX = 400_000
+"""Parts of a container that are looked at: two hours of Ogg in pages of 20 ms."""
 PICTURES_MAX = 8
 """JPEGs one after the other in one file: cameras append depth and gain maps."""
 CHANNELS_MAX = 8
@@ -42,6 +42,8 @@ SAMPLE_RATES_HZ = (1_000, 384_000)
 BLOCK_FRAMES = 65_536
 MISSING_FRAMES_MAX = 4_096
 """Frames a decoder may give less than the header says: lossy codecs round to whole packets."""
+OPUS_COST, OPUS_RATE_HZ = 2, 48_000
+"""A sample of Opus counts twice, and at the rate it is decoded at, whatever rate comes out: it costs three times what Vorbis does."""
 LENGTH_UNKNOWN_FRAMES = 1 << 62
 """From here on libsndfile means that the header does not say."""
 SURE = 0.4
@@ -349,6 +351,8 @@ def _decode_audio(file: BinaryIO, content_type: str, limits: MediaLimits) -> int
         _need(1 <= sound.channels <= CHANNELS_MAX and SAMPLE_RATES_HZ[0] <= rate <= SAMPLE_RATES_HZ[1], Refusal.AUDIO_FORM)
         _need(sound.frames < LENGTH_UNKNOWN_FRAMES)  # whether something is missing could not be told
         _need(sound.frames <= limits.max_duration_s * rate, Refusal.DURATION)
+        samples_per_frame = sound.channels * (OPUS_COST * OPUS_RATE_HZ / rate if sound.subtype == "OPUS" else 1)
+        _need(sound.frames * samples_per_frame <= limits.max_samples, Refusal.SAMPLES)
         buffer = np.empty((BLOCK_FRAMES, sound.channels), np.float32)
         frames = 0
         while frames <= limits.max_duration_s * rate:
@@ -356,6 +360,7 @@ def _decode_audio(file: BinaryIO, content_type: str, limits: MediaLimits) -> int
             if not len(block):
                 break
             frames += len(block)
+            _need(frames * samples_per_frame <= limits.max_samples, Refusal.SAMPLES)
             _need(bool(np.isfinite(block).all()), Refusal.NOT_FINITE)
         _need(frames <= limits.max_duration_s * rate, Refusal.DURATION)
         _need(frames and frames + MISSING_FRAMES_MAX >= sound.frames)

@@ -102,7 +102,7 @@ class JobQueue:
     """The queue, as one worker sees it (or, without `worker_id`, as those see it who only put jobs in).
 
     `owner_limits` says how many jobs of one owner may run at a time when the next is of that level; a level without: no limit.
-    `blocking` is a client for reads that wait.
+    `blocking` is a client for reads that wait: one whose time-out is longer than they do.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class JobQueue:
         prefix: str,
         *,
         lease_s: float,
+        blocking: "redis.Redis | RedisCluster",
         worker_id: str = "",
         owner_limits: Mapping[Priority, int] = {},
-        blocking: "redis.Redis | RedisCluster | None" = None,
     ) -> None:
         if worker_id == PASSED:
             raise ValueError(f"a worker cannot be called {PASSED!r}: parked entries have this name")
         self._redis: Any = client
-        self._blocking: Any = blocking or client
+        self._blocking: Any = blocking
         self._prefix = prefix
         self._lease_s = lease_s
         self._lease_ms = int(lease_s * 1000)

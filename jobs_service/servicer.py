@@ -18,7 +18,8 @@ from jobs_service.queue_stats import QueueStats
 from jobs_service.uploads import Uploads
 from jobs_service.uploads_servicer import UploadsServicer
 from jobs_service.watch import Hub, WatchRequest, WatchStream
-from servicekit import paging
+from servicekit import audit, paging
+from servicekit.errors import invalid
 from servicekit.identity import current_principal, current_user_id
 
 REQUEUE_DEFAULT = 100
@@ -81,7 +82,7 @@ class JobsServicer(UploadsServicer):
     async def ListJobs(self, request: jobs_pb2.ListJobsRequest, context: Context) -> jobs_pb2.ListJobsResponse:
         """See the proto."""
         query = _list_query(request)
-        before = paging.decode_token(request.page_token, query)
+        before = paging.decode_token(request.page_token, query, length=paging.ID_BYTES)
         jobs, more = await self._jobs.page(
             _owner(),
             limit=paging.page_limit(request.page_size),
@@ -140,7 +141,7 @@ class JobsAdminServicer(jobs_pb2_grpc.JobsAdminServiceServicer):
     async def ListDeadLetters(self, request: jobs_pb2.ListDeadLettersRequest, context: Context) -> jobs_pb2.ListDeadLettersResponse:
         """See the proto."""
         query = b"\0".join((b"dead letters", request.fingerprint.encode(), request.reason.encode()))
-        before = paging.decode_token(request.page_token, query)
+        before = paging.decode_token(request.page_token, query, length=_FAILURE_BYTES)
         page, more = await self._dead_letters.page(
             limit=paging.page_limit(request.page_size),
             before=_failure_position(before) if before else None,
@@ -158,7 +159,10 @@ class JobsAdminServicer(jobs_pb2_grpc.JobsAdminServiceServicer):
             job = await self._dead_letters.retry(uuid.UUID(request.job_id))
             return jobs_pb2.RequeueDeadLetterResponse(job_ids=[str(job.job_id)])
         limit = min(request.max_count or REQUEUE_DEFAULT, REQUEUE_MAX)
+        audit.about(fingerprint=request.fingerprint, max_count=str(limit))
         outcomes = await self._dead_letters.requeue(request.fingerprint, limit=limit)
+        requeued = sum(outcome.refusal is None for outcome in outcomes)
+        audit.about(requeued_count=str(requeued), refused_count=str(len(outcomes) - requeued))
         return jobs_pb2.RequeueDeadLetterResponse(
             job_ids=[str(outcome.job_id) for outcome in outcomes if outcome.refusal is None],
             refusals=[
@@ -169,13 +173,20 @@ class JobsAdminServicer(jobs_pb2_grpc.JobsAdminServiceServicer):
         )
 
 
+_FAILURE_BYTES = 8 + paging.ID_BYTES
+
+
 def _failure_bytes(moment: datetime, job_id: uuid.UUID) -> bytes:
     """Where a page of dead letters ends: the failure's time in microseconds, then the job."""
     return ((moment - EPOCH) // timedelta(microseconds=1)).to_bytes(8, "big") + job_id.bytes
 
 
 def _failure_position(position: bytes) -> tuple[datetime, uuid.UUID]:
-    return EPOCH + timedelta(microseconds=int.from_bytes(position[:8], "big")), uuid.UUID(bytes=position[8:])
+    try:
+        moment = EPOCH + timedelta(microseconds=int.from_bytes(position[:8], "big"))
+    except OverflowError:
+        raise invalid("page_token", "is not a token that this list gave") from None
+    return moment, uuid.UUID(bytes=position[8:])
 
 
 def _owner() -> uuid.UUID:

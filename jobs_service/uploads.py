@@ -9,10 +9,11 @@ import os
 import re
 import secrets
 import tempfile
+import time
 import uuid
-from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
@@ -46,6 +47,10 @@ CHECK_LEASE_S = 300.0
 DOWNLOAD_TIMEOUT_S = 60.0
 OWNER_SHARE = 2
 """One owner may take one of so many places where checks wait."""
+HEAVY_CHECK_S = 10.0
+"""A check that takes longer is heavy: two hours of music, or a file made to keep a decoder busy."""
+COSTLY_CHECKS_MAX = 30
+"""Checks of an owner in an hour that refuse the file or are heavy, on one server: nobody else's files wait for more of them."""
 FAREWELL_S = 5.0
 
 SWEEP_INTERVAL_S = 60.0
@@ -79,7 +84,8 @@ class Uploads:
         self._media = media
         self._checker = checker
         self._limits = limits
-        self._slots = asyncio.Semaphore(limits.checks_at_once)
+        self._turns = _Turns(limits.checks_at_once)
+        self._costly = _CostlyChecks()
         self._places = limits.checks_at_once + limits.checks_waiting_max
         self._checks: dict[uuid.UUID, asyncio.Task[Upload]] = {}
         self._of_owner: Counter[uuid.UUID] = Counter()
@@ -144,8 +150,12 @@ class Uploads:
         return await asyncio.shield(self._checks.get(upload_id) or self._begin(upload))
 
     def _begin(self, upload: Upload) -> "asyncio.Task[Upload]":
-        if len(self._checks) >= self._places or self._of_owner[upload.owner_id] >= max(1, self._places // OWNER_SHARE):
-            raise _limit_reached("uploads.checks", "too many uploads are being checked", 2.0)
+        if (less_s := self._costly.less_s(upload.owner_id)) is not None:
+            description = f"at most {COSTLY_CHECKS_MAX} checks in an hour may refuse the file or take over {HEAVY_CHECK_S:.0f} seconds"
+            raise _limit_reached("uploads.costly_checks", description, less_s)
+        shared_out = self._of_owner[upload.owner_id] >= max(1, self._places // OWNER_SHARE)
+        if shared_out or (len(self._checks) >= self._places and not self._turns.displace_for(upload.owner_id)):
+            raise _too_many_checks()
         check = self._checks[upload.upload_id] = asyncio.create_task(self._check_in_turn(upload), name="upload-check")
         self._of_owner[upload.owner_id] += 1
 
@@ -160,7 +170,7 @@ class Uploads:
         return check
 
     async def _check_in_turn(self, upload: Upload) -> Upload:
-        async with self._slots:
+        async with self._turns.turn(upload.owner_id):
             check_id = uuid.uuid4()
             async with transaction(self._engine) as connection:
                 claimed = await store.claim_upload(connection, upload.upload_id, check_id, lease_s=CHECK_LEASE_S)
@@ -198,7 +208,7 @@ class Uploads:
             if found.size_bytes != upload.size_bytes or not found.sha256:
                 verdict = Verdict(refusal=Refusal.SIZE)
             else:
-                verdict = await self._checker.check(reader, upload.content_type)
+                verdict = await self._look(upload, reader)
             if verdict.refusal is not None:
                 return await self._reject(upload, check_id, verdict.refusal)
             key = _new_key(CHECKED, upload.owner_id, upload.upload_id)
@@ -223,6 +233,16 @@ class Uploads:
         _log.info("upload.complete", upload_id=str(upload.upload_id), content_type=upload.content_type, size_bytes=upload.size_bytes)
         await self._remove(upload.arrival_key)
         return complete
+
+    async def _look(self, upload: Upload, reader: int) -> Verdict:
+        verdict: Verdict | None = None
+        began = time.monotonic()
+        try:
+            verdict = await self._checker.check(reader, upload.content_type)
+            return verdict
+        finally:
+            if time.monotonic() - began > HEAVY_CHECK_S or (verdict is not None and verdict.refusal is not None):
+                self._costly.count(upload.owner_id)
 
     async def _reject(self, upload: Upload, check_id: uuid.UUID, refusal: Refusal) -> Upload:
         assert upload.arrival_key is not None
@@ -316,6 +336,99 @@ class UploadSweeper:
         return len(orphans)
 
 
+class _Turns:
+    """Slots that owners take in turns, one at a time each: whoever asks for many waits for everybody who asks for one."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = slots
+        self._running: set[uuid.UUID] = set()
+        self._waiting: dict[uuid.UUID, deque[asyncio.Future[None]]] = {}
+        """Whose turn is next comes first."""
+
+    @asynccontextmanager
+    async def turn(self, owner_id: uuid.UUID) -> AsyncGenerator[None]:
+        """A slot while the block runs. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) when somebody else was given the place to wait in."""
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(owner_id, deque()).append(place)
+        self._admit()
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.cancelled():
+                self._forget(owner_id, place)
+            elif place.exception() is None:  # cancelled just when it was admitted
+                self._leave(owner_id)
+            raise
+        try:
+            yield
+        finally:
+            self._leave(owner_id)
+
+    def displace_for(self, owner_id: uuid.UUID) -> bool:
+        """Take the last place from the owner who has most, if that is for somebody who has less even then."""
+        longest = max(self._waiting, key=self._count, default=None)
+        if longest is None or self._count(longest) < self._count(owner_id) + 2:
+            return False
+        place = self._waiting[longest][-1]
+        self._forget(longest, place)
+        if not place.done():
+            place.set_exception(_too_many_checks())
+        return True
+
+    def _count(self, owner_id: uuid.UUID) -> int:
+        return len(self._waiting.get(owner_id, ())) + (owner_id in self._running)
+
+    def _admit(self) -> None:
+        while self._free:
+            owner_id = next((owner_id for owner_id in self._waiting if owner_id not in self._running), None)
+            if owner_id is None:
+                return
+            places = self._waiting.pop(owner_id)
+            place = places.popleft()
+            if places:
+                self._waiting[owner_id] = places  # behind the others
+            if not place.done():  # a cancelled one removes itself in a moment
+                self._free -= 1
+                self._running.add(owner_id)
+                place.set_result(None)
+
+    def _leave(self, owner_id: uuid.UUID) -> None:
+        self._free += 1
+        self._running.discard(owner_id)
+        self._admit()
+
+    def _forget(self, owner_id: uuid.UUID, place: "asyncio.Future[None]") -> None:
+        places = self._waiting.get(owner_id)
+        if places is not None and place in places:
+            places.remove(place)
+            if not places:
+                del self._waiting[owner_id]
+
+
+class _CostlyChecks:
+    """When owners had checks that cost much and gave little, in the last hour. Of this server, whose processors it is about."""
+
+    def __init__(self) -> None:
+        self._times: dict[uuid.UUID, deque[float]] = {}
+        """In the order of the last of them."""
+
+    def count(self, owner_id: uuid.UUID) -> None:
+        now = time.monotonic()
+        times = self._times.pop(owner_id, None) or deque(maxlen=COSTLY_CHECKS_MAX)
+        times.append(now)
+        self._times[owner_id] = times
+        while (oldest := next(iter(self._times))) != owner_id and self._times[oldest][-1] <= now - HOUR_S:
+            del self._times[oldest]
+
+    def less_s(self, owner_id: uuid.UUID) -> float | None:
+        """How long until the owner may have another; None: now."""
+        times = self._times.get(owner_id)
+        if times is None or len(times) < COSTLY_CHECKS_MAX:
+            return None
+        less_s = times[0] + HOUR_S - time.monotonic()
+        return less_s if less_s > 0 else None
+
+
 def _new_key(part: str, owner_id: uuid.UUID, upload_id: uuid.UUID) -> str:
     return f"{part}/{owner_id}/{upload_id}/{secrets.token_urlsafe(24)}"
 
@@ -344,6 +457,10 @@ def _settled(upload: Upload) -> Upload:
 
 def _upload_invalid(upload_id: uuid.UUID, description: str) -> MeshError:
     return precondition(Reason.ERROR_REASON_UPLOAD_INVALID, description, {"upload_id": str(upload_id)})
+
+
+def _too_many_checks() -> MeshError:
+    return _limit_reached("uploads.checks", "too many uploads are being checked", 2.0)
 
 
 def _limit_reached(subject: str, description: str, retry_after_s: float) -> MeshError:

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 from genmesh.jobs.v1 import jobs_pb2
 from jobs_service.events import START, EventLog, Position, StoredEvent, Token, owner_tag, shard_of
 from jobs_service.lifecycle import Job
-from servicekit.errors import MeshError, unavailable
+from servicekit.errors import MeshError, limit_reached, unavailable
 from servicekit.identity import Principal
 from servicekit.streams import BLOCK_MS
 
@@ -37,6 +37,10 @@ OFFERS_AT_ONCE = 20_000
 """Offers the reader makes before it lets the streams have a turn: some ten milliseconds of work."""
 KNOWN_MAX = 4_096
 """Jobs of which a watch of everything remembers what it told; the oldest is forgotten first."""
+WATCHES_MAX = 2_048
+"""Watches of a process: half the RPCs that it serves at once, as jobs must be made and cancelled however many people watch theirs."""
+FULL_RETRY_S = 1.0
+"""Another replica may have room."""
 RETRY_S = 0.5
 ANNOUNCED_WITHIN = timedelta(minutes=5)
 """An end is announced after it was committed, later if Redis is away: one may be lost that is older than what a watcher has seen."""
@@ -152,8 +156,10 @@ class Watcher:
 class Hub:
     """Reads all event streams and hands each event to the watchers of its owner."""
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventLog, *, watches_max: int = WATCHES_MAX) -> None:
         self._log = log
+        self._watches_max = watches_max
+        self._count = 0
         self._watchers: set[Watcher] = set()
         self._by_topic: defaultdict[tuple[str, str], set[Watcher]] = defaultdict(set)
         self._positions: dict[int, Position] = {}
@@ -180,6 +186,17 @@ class Hub:
                     await self._moved.wait()
         except TimeoutError:
             raise unavailable("events are out of reach right now") from None
+
+    @asynccontextmanager
+    async def place(self) -> AsyncGenerator[None]:
+        """One open watch of this process while the block runs. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) when there are enough."""
+        if self._count >= self._watches_max:
+            raise limit_reached("process_watches", "too many watches are open here", retry_after_s=FULL_RETRY_S)
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
 
     @contextmanager
     def watching(self, owner_id: uuid.UUID, job_ids: Sequence[str]):
@@ -315,7 +332,8 @@ class WatchStream:
         shard = shard_of(request.owner_id)
         token = Token.decode(request.resume_token, owner_id=request.owner_id) if request.resume_token else None
         self._open = set(request.job_ids)
-        async with admission or nullcontext():
+        # From the first moment on: a watch that waits for Redis or the store is an RPC in flight, too.
+        async with self._hub.place(), admission or nullcontext():
             # What was published before the snapshots are read lies before their token: resuming there does not repeat it.
             await self._hub.reach(shard, START if token else await self._log.end(shard))
             with self._hub.watching(request.owner_id, request.job_ids) as watcher:

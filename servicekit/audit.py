@@ -7,6 +7,8 @@ it ended, so that a flood of refused attempts costs one entry each at most.
 
 import asyncio
 import contextvars
+import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,7 +22,7 @@ from uuid_utils.compat import uuid7
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.options.v1 import options_pb2
 from servicekit.client import call_metadata
-from servicekit.errors import MeshError, Reason, from_rpc_error, unavailable
+from servicekit.errors import MeshError, Reason, from_rpc_error, limit_reached, unavailable
 from servicekit.identity import Principal, current_principal
 
 SUBJECT_FIELDS = ("user_id", "job_id", "api_key_id", "top_up_id", "upload_id")
@@ -29,8 +31,21 @@ WRITE_TIMEOUT_S = 3.0
 SUBJECT_MAX = 256
 DETAIL_MAX = 500
 FINISH_ATTEMPTS = 3
-UNRECORDED = (Reason.ERROR_REASON_LIMIT_REACHED, Reason.ERROR_REASON_INVALID_ARGUMENT, Reason.ERROR_REASON_MALFORMED_REQUEST)
-"""Refusals of strangers that changed nothing and could be had by the thousand."""
+FINISH_PAUSE_S = 0.2
+RECORDED_OF_STRANGERS = frozenset(
+    {
+        Reason.ERROR_REASON_BAD_CREDENTIALS,
+        Reason.ERROR_REASON_ID_TOKEN_INVALID,
+        Reason.ERROR_REASON_API_KEY_INVALID,
+        Reason.ERROR_REASON_REFRESH_TOKEN_INVALID,
+        Reason.ERROR_REASON_ACCOUNT_DISABLED,
+    }
+)
+"""Refusals of strangers that say somebody tried to be somebody, which throttling bounds; others could be had by the thousand."""
+ACTS_PER_MINUTE = 120
+"""Entries that one account may cause a minute, in a process, with acts on itself and with what it may not do: they stay for ever."""
+WINDOW_S = 60.0
+COUNTED_MAX = 10_000
 
 _log = structlog.get_logger(__name__)
 
@@ -84,12 +99,48 @@ def by(user_id: str) -> None:
         entry.actor_user_id = user_id
 
 
+class Recorder:
+    """Writes entries of the calls that one server serves."""
+
+    def __init__(self, trail: AuditTrail) -> None:
+        self._trail = trail
+        self._counted: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    @asynccontextmanager
+    async def around(self, method: str, request: Message, access: options_pb2.Access.ValueType) -> AsyncGenerator[None]:
+        """Around an act of the current principal: its entry, and how it ended.
+
+        Raises UNAVAILABLE if the entry cannot be written, RESOURCE_EXHAUSTED (LIMIT_REACHED) for somebody who acts too often.
+        """
+        principal = current_principal()
+        if access == options_pb2.ACCESS_USER and not self._room(principal):
+            raise limit_reached("audited_acts", f"more than {ACTS_PER_MINUTE} changes of an account a minute", retry_after_s=WINDOW_S)
+        async with _recorded(self._trail, method, request, principal, first=access != options_pb2.ACCESS_PUBLIC):
+            yield
+
+    async def refused(self, method: str, request: Message, principal: Principal, refusal: MeshError) -> None:
+        """Write down that somebody known tried what they may not do. Beyond a rate, and without the trail, the log has it."""
+        entry = _begun(method, request, principal)
+        _end(entry, refusal.code, Reason.Name(refusal.reason))
+        if self._room(principal):
+            await _finish(self._trail, entry, {}, first=False)
+        else:
+            _log.warning("audit.refused", **asdict(entry))
+
+    def _room(self, principal: Principal) -> bool:
+        who, now = principal.user_id or "", time.monotonic()
+        since, count = self._counted.pop(who, (now, 0))
+        if now - since >= WINDOW_S:
+            since, count = now, 0
+        self._counted[who] = since, count + 1
+        if len(self._counted) > COUNTED_MAX:
+            self._counted.popitem(last=False)
+        return count < ACTS_PER_MINUTE
+
+
 @asynccontextmanager
-async def recorded(trail: AuditTrail, method: str, request: Message, access: options_pb2.Access.ValueType) -> AsyncGenerator[None]:
-    """Around an act of the current principal: writes its entry, and how it ended."""
-    principal = current_principal()
+async def _recorded(trail: AuditTrail, method: str, request: Message, principal: Principal, *, first: bool) -> AsyncGenerator[None]:
     entry = _begun(method, request, principal)
-    first = access != options_pb2.ACCESS_PUBLIC
     if first:
         await _begin(trail, entry)
     token = _entry.set(entry)
@@ -98,11 +149,13 @@ async def recorded(trail: AuditTrail, method: str, request: Message, access: opt
         yield
     except MeshError as refusal:
         _end(entry, refusal.code, Reason.Name(refusal.reason))
-        if first or refusal.reason not in UNRECORDED:
+        if first or refusal.reason in RECORDED_OF_STRANGERS:
             await _finish(trail, entry, known, first=first)
         raise
     except asyncio.CancelledError:
-        # Whether it was done is not known here, and the caller is gone.
+        # The caller is gone, and may have what it came for: hanging up is no way around the trail.
+        _end(entry, grpc.StatusCode.CANCELLED, "")
+        await asyncio.shield(asyncio.ensure_future(_finish(trail, entry, known, first=first)))
         raise
     except BaseException:
         _end(entry, grpc.StatusCode.INTERNAL, "")
@@ -150,6 +203,8 @@ async def _finish(trail: AuditTrail, entry: AuditEntry, known: Mapping[str, str]
     """Write the outcome; what was done stays done, so a trail that is away only costs the outcome."""
     entry.details = {key: value for key, value in entry.details.items() if not first or known.get(key) != value}
     for attempt in range(1, FINISH_ATTEMPTS + 1):
+        if attempt > 1:
+            await asyncio.sleep(FINISH_PAUSE_S)
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await (trail.finish(entry) if first else trail.begin(entry))

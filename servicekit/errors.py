@@ -4,9 +4,11 @@ A `MeshError` carries code, reason and metadata; the errors layer of `intercepto
 exactly one ErrorInfo (domain `genmesh`). Services raise these and never call `context.abort`.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import grpc
+import prometheus_client
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
@@ -15,6 +17,8 @@ from grpc_status import rpc_status
 from genmesh.errors.v1 import errors_pb2
 
 DOMAIN = "genmesh"
+
+LIMITED = prometheus_client.Counter("genmesh_limited_total", "Calls refused because a limit was reached", ["limit"])
 
 Reason = errors_pb2.ErrorReason
 ReasonValue = errors_pb2.ErrorReason.ValueType
@@ -115,6 +119,19 @@ def unauthenticated(reason: ReasonValue, message: str) -> MeshError:
 def permission_denied(message: str, reason: ReasonValue = Reason.ERROR_REASON_PERMISSION_DENIED) -> MeshError:
     """PERMISSION_DENIED with its reason."""
     return MeshError(grpc.StatusCode.PERMISSION_DENIED, reason, message)
+
+
+def limit_reached(name: str, description: str, *, retry_after_s: float) -> MeshError:
+    """RESOURCE_EXHAUSTED (LIMIT_REACHED) with RetryInfo and a QuotaFailure whose subject is the limit's name."""
+    LIMITED.labels(name).inc()
+    return MeshError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        Reason.ERROR_REASON_LIMIT_REACHED,
+        f"{description}; try again in {math.ceil(retry_after_s)} s",
+        metadata={"limit": name},
+        quota=[(name, description)],
+        retry_after_s=retry_after_s,
+    )
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> MeshError:

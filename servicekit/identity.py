@@ -17,7 +17,7 @@ import jwt
 import structlog
 
 from servicekit.errors import Reason, unauthenticated, unavailable
-from servicekit.revocations import Revocations
+from servicekit.revocations import TOKEN_LIFE_MAX_S, Revocations
 from servicekit.tls import TlsFiles, WatchedContext, client_ssl_context
 
 ALGORITHM = "EdDSA"
@@ -153,7 +153,7 @@ class RemoteKeys:
 class TokenVerifier:
     """Verifies access tokens: signature, algorithm, issuer, audience, expiry.
 
-    A token once verified is remembered until it expires, so that a busy client costs one signature check, not thousands.
+    A token once verified is remembered as long as it and its key live, so that a busy client costs one signature check, not thousands.
     """
 
     def __init__(self, keys: KeySource, *, issuer: str, audience: str, revocations: Revocations | None = None) -> None:
@@ -161,7 +161,7 @@ class TokenVerifier:
         self._revocations = revocations
         self._issuer = issuer
         self._audience = audience
-        self._verified: OrderedDict[bytes, Principal] = OrderedDict()
+        self._verified: OrderedDict[bytes, tuple[Principal, jwt.PyJWK]] = OrderedDict()
 
     async def verify(self, token: str) -> Principal:
         """The user of a token. Raises UNAUTHENTICATED (TOKEN_INVALID, TOKEN_EXPIRED, TOKEN_REVOKED); UNAVAILABLE."""
@@ -178,16 +178,21 @@ class TokenVerifier:
     async def _known_or_verified(self, token: str) -> Principal:
         digest = hashlib.sha256(token.encode()).digest()
         known = self._verified.get(digest)
-        if known is not None and known.expire_time is not None and known.expire_time + CLOCK_SKEW_S > time.time():
-            self._verified.move_to_end(digest)
-            return known
-        principal = await self._verify(token)
-        self._verified[digest] = principal
+        if known is not None:
+            principal, key = known
+            lives = principal.expire_time is not None and principal.expire_time + CLOCK_SKEW_S > time.time()
+            # A key that was taken out of the set takes its tokens along.
+            if lives and await self._keys.get(key.key_id or "") is key:
+                self._verified.move_to_end(digest)
+                return principal
+            self._verified.pop(digest, None)
+        principal, key = await self._verify(token)
+        self._verified[digest] = principal, key
         if len(self._verified) > VERIFIED_TOKENS_MAX:
             self._verified.popitem(last=False)
         return principal
 
-    async def _verify(self, token: str) -> Principal:
+    async def _verify(self, token: str) -> tuple[Principal, jwt.PyJWK]:
         try:
             header = jwt.get_unverified_header(token)
             key = await self._keys.get(str(header.get("kid", "")))
@@ -206,7 +211,9 @@ class TokenVerifier:
             raise unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token has expired; refresh the session") from error
         except jwt.PyJWTError as error:
             raise unauthenticated(Reason.ERROR_REASON_TOKEN_INVALID, "the access token does not verify") from error
-        return Principal(
+        if claims["exp"] - claims["iat"] > TOKEN_LIFE_MAX_S:
+            raise unauthenticated(Reason.ERROR_REASON_TOKEN_INVALID, "the access token lives too long")
+        principal = Principal(
             user_id=str(claims["sub"]),
             roles=frozenset(str(role) for role in claims.get("roles", ())),
             plan=str(claims.get("plan", "")),
@@ -218,6 +225,7 @@ class TokenVerifier:
             scopes=None if api_key_id is None else SCOPES.intersection(map(str, claims.get("scopes", ()))),
             revocations=self._revocations,
         )
+        return principal, key
 
 
 def _id(claims: Mapping[str, Any], name: str) -> str | None:

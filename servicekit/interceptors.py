@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 
 from genmesh.options.v1 import options_pb2
 from servicekit import telemetry
-from servicekit.audit import AuditTrail, recorded
+from servicekit.audit import LogTrail, Recorder
 from servicekit.errors import MeshError, Reason, permission_denied, unauthenticated
 from servicekit.identity import Principal, TokenVerifier, current_principal, peer_service, set_principal
 
@@ -33,6 +33,7 @@ PRIVILEGED = (options_pb2.ACCESS_ADMIN, options_pb2.ACCESS_OPERATOR)
 EDGE = "envoy"
 """Whose word on where a call came from is taken."""
 CLIENT_ADDRESS = "x-client-address"
+REQUEST_ID_MAX = 128
 STREAM_CHECK_INTERVAL_S = 5.0
 """How often a stream that sends looks whether its caller may still have it."""
 
@@ -167,19 +168,28 @@ class Rules:
 class Authentication:
     """Proves the caller and checks the method's `access` option; what no rule allows is refused."""
 
-    def __init__(self, verifier: TokenVerifier) -> None:
+    def __init__(self, verifier: TokenVerifier, recorder: Recorder | None = None) -> None:
         self._verifier = verifier
+        self._recorder = recorder or Recorder(LogTrail())
         self._rules = Rules()
 
     @asynccontextmanager
     async def around(self, call: Call) -> AsyncGenerator[None]:
         """See Layer."""
         service = peer_service(call.context.auth_context())
-        principal = await self._admit(self._rules.of(call.method), call, service)
-        set_principal(replace(principal, client_address=_client_address(call, service), request_id=call.request_id))
+        rule = self._rules.of(call.method)
+        proven = await self._prove(rule, call, service)
+        principal = replace(proven, client_address=_client_address(call, service), request_id=call.request_id)
+        try:
+            _authorize(rule, principal)
+        except MeshError as refusal:
+            if rule.access in PRIVILEGED and isinstance(call.request, Message):
+                await self._recorder.refused(call.method, call.request, principal, refusal)
+            raise
+        set_principal(principal)
         yield
 
-    async def _admit(self, rule: AccessRule, call: Call, service: str | None) -> Principal:
+    async def _prove(self, rule: AccessRule, call: Call, service: str | None) -> Principal:
         authorization = call.metadata.get("authorization", "")
         if rule.access == options_pb2.ACCESS_PUBLIC:
             return Principal(service=service)
@@ -188,15 +198,18 @@ class Authentication:
         if rule.access == options_pb2.ACCESS_USER or rule.access in PRIVILEGED:
             if not authorization.lower().startswith(BEARER):
                 raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "this call needs an access token: authorization: Bearer …")
-            user = await self._verifier.verify(authorization[len(BEARER) :].strip())
-            if user.scopes is not None and rule.scope not in user.scopes:
-                raise scope_missing(rule.scope)
-            if rule.access == options_pb2.ACCESS_ADMIN and not user.is_admin:
-                raise permission_denied("this call needs the role admin")
-            if rule.access == options_pb2.ACCESS_OPERATOR and not user.is_operator:
-                raise permission_denied("this call needs the role operator")
-            return user
+            return await self._verifier.verify(authorization[len(BEARER) :].strip())
         raise permission_denied("this call is not open to this caller")
+
+
+def _authorize(rule: AccessRule, principal: Principal) -> None:
+    """What the proven caller may do; services were weighed when they were proven."""
+    if principal.scopes is not None and rule.scope not in principal.scopes:
+        raise scope_missing(rule.scope)
+    if rule.access == options_pb2.ACCESS_ADMIN and not principal.is_admin:
+        raise permission_denied("this call needs the role admin")
+    if rule.access == options_pb2.ACCESS_OPERATOR and not principal.is_operator:
+        raise permission_denied("this call needs the role operator")
 
 
 def scope_missing(scope: str | None) -> MeshError:
@@ -218,8 +231,8 @@ def _client_address(call: Call, service: str | None) -> str:
 class Audit:
     """Writes an entry of the audit trail around every method that asks for one."""
 
-    def __init__(self, trail: AuditTrail) -> None:
-        self._trail = trail
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._rules = Rules()
 
     @asynccontextmanager
@@ -229,7 +242,7 @@ class Audit:
         if not rule.audited or isinstance(call.request, Malformed):
             yield
             return
-        async with recorded(self._trail, call.method, call.request, rule.access):
+        async with self._recorder.around(call.method, call.request, rule.access):
             yield
 
 
@@ -285,7 +298,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             raise TypeError(f"{method}: client streaming is not part of the contract")
         metadata = {key: value for key, value in handler_call_details.invocation_metadata if isinstance(value, str)}  # pyright: ignore[reportAttributeAccessIssue]
 
-        request_id = metadata.get("x-request-id") or str(uuid.uuid4())
+        request_id = metadata.get("x-request-id", "")[:REQUEST_ID_MAX] or str(uuid.uuid4())
 
         def deserialize(data: bytes) -> Message | Malformed:
             try:

@@ -3,44 +3,29 @@
 While Redis is away each process counts by itself, so that an outage neither opens the door nor shuts it.
 """
 
-import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-import grpc
-import prometheus_client
 import structlog
 from limits import RateLimitItem, parse
 from limits.aio.storage import MemoryStorage, RedisClusterStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis.exceptions import RedisError
 
-from servicekit.errors import MeshError, Reason
+from servicekit.errors import limit_reached
 from servicekit.settings import RedisSettings
 from servicekit.streams import COMMAND_TIMEOUT_S, CONNECTIONS_MAX
 
 REDIS_PAUSE_S = 2.0
 """After a failure Redis is left alone for so long: nobody should wait for a time-out a call."""
 
-LIMITED = prometheus_client.Counter("genmesh_limited_total", "Calls refused because a limit was reached", ["limit"])
+OWN_COUNTS_MAX = 100_000
+"""Counts that a process keeps by itself."""
 
 T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
-
-
-def limit_reached(name: str, description: str, *, retry_after_s: float) -> MeshError:
-    """RESOURCE_EXHAUSTED (LIMIT_REACHED) with RetryInfo and a QuotaFailure whose subject is the limit's name."""
-    LIMITED.labels(name).inc()
-    return MeshError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        Reason.ERROR_REASON_LIMIT_REACHED,
-        f"{description}; try again in {math.ceil(retry_after_s)} s",
-        metadata={"limit": name},
-        quota=[(name, description)],
-        retry_after_s=retry_after_s,
-    )
 
 
 class RateLimiter:
@@ -49,7 +34,8 @@ class RateLimiter:
     def __init__(self, settings: RedisSettings) -> None:
         self._storage = _storage(settings)
         self._shared = SlidingWindowCounterRateLimiter(self._storage)
-        self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._own_storage = MemoryStorage()
+        self._own = SlidingWindowCounterRateLimiter(self._own_storage)
         self._away_until = 0.0
         self._items: dict[str, RateLimitItem] = {}
 
@@ -77,7 +63,7 @@ class RateLimiter:
     async def _refuse(self, item: RateLimitItem, name: str, *who: str) -> None:
         window = await self._ask(lambda strategy: strategy.get_window_stats(item, name, *who))
         retry_after_s = min(max(1.0, window.reset_time - time.time()), float(item.get_expiry()))
-        raise limit_reached(name, f"more than {item.amount} in {item.get_expiry()} s", retry_after_s=retry_after_s)
+        raise limit_reached(name, f"the limit {name} is reached ({item})", retry_after_s=retry_after_s)
 
     async def _ask(self, ask: Callable[[SlidingWindowCounterRateLimiter], Awaitable[T]]) -> T:
         if time.monotonic() >= self._away_until:
@@ -86,6 +72,9 @@ class RateLimiter:
             except (RedisError, OSError) as error:
                 self._away_until = time.monotonic() + REDIS_PAUSE_S
                 _log.warning("limits.redis_away", error=repr(error))
+        if len(self._own_storage.storage) > OWN_COUNTS_MAX:
+            # Whoever floods us while Redis is away starts everybody's counts anew; the edge's limits on rates go on.
+            await self._own_storage.reset()
         return await ask(self._own)
 
     def _item(self, limit: str) -> RateLimitItem:

@@ -107,6 +107,7 @@ class ObjectStore:
         """Read an object of exactly this size into a file, piece by piece. None: there is no such object.
 
         One of another size is not read. Nothing is written to the file any more, shortly after this is cancelled or takes too long.
+        OSError when the file cannot take all of it.
         """
         ended = threading.Event()
         give_up_at = time.monotonic() + timeout_s
@@ -128,8 +129,10 @@ class ObjectStore:
                     if ended.is_set() or time.monotonic() > give_up_at or count > size_bytes:
                         raise TransferError
                     digest.update(piece)
-                    target.write(piece)
-                return Downloaded(count, digest.digest() if count == size_bytes else b"")
+                    _write_all(target, piece)
+                if count != size_bytes:
+                    raise TransferError
+                return Downloaded(count, digest.digest())
             finally:
                 body.close()  # or the rest of it would be read before the connection is used again
 
@@ -203,6 +206,13 @@ class ObjectStore:
 
 class TransferError(Exception):
     """A transfer that was given up."""
+
+
+def _write_all(target: BinaryIO, piece: bytes) -> None:
+    # Without a buffer a write may take a part and be content: a disk with little room left does so before it says that it is full.
+    rest = memoryview(piece)
+    while rest:  # ends: every write takes a byte or raises
+        rest = rest[target.write(rest) :]
 
 
 def _failed(what: str) -> MeshError:

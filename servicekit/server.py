@@ -9,7 +9,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from servicekit.audit import AuditTrail, LogTrail
+from servicekit.audit import AuditTrail, LogTrail, Recorder
 from servicekit.errors import MeshError
 from servicekit.identity import TokenVerifier
 from servicekit.interceptors import Audit, Authentication, Errors, Interceptor, Telemetry, Validation
@@ -50,10 +50,10 @@ class MeshServer:
         self._names: tuple[str, ...] = ()
         self.draining = asyncio.Event()
         """Set when the server is told to stop: long streams should end, so that their clients go on elsewhere."""
+        recorder = Recorder(audit or LogTrail())
+        layers = [Telemetry(), Errors(translate), Authentication(verifier, recorder), Validation(), Audit(recorder)]
         self.grpc = grpc.aio.server(
-            interceptors=[
-                Interceptor([Telemetry(), Errors(translate), Authentication(verifier), Validation(), Audit(audit or LogTrail())])
-            ],
+            interceptors=[Interceptor(layers)],
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),

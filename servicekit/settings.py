@@ -105,10 +105,13 @@ class ObjectSettings(Settings):
 S = TypeVar("S", bound=Settings)
 
 
-def load(settings: type[S]) -> S:
-    """Read and check settings; a wrong or missing variable ends the process with exit code 78 and says which and why."""
+def load(settings: type[S], **given: object) -> S:
+    """Read and check settings, `given` ones from the caller and the rest from the environment.
+
+    A wrong or missing variable ends the process with exit code 78 and says which and why.
+    """
     try:
-        return settings()
+        return settings(**given)
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False):
             # A rule about several variables has no place of its own, and names them itself.

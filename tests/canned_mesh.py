@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,7 +141,11 @@ class Jobs(jobs_pb2_grpc.JobsServiceServicer):
 
 
 class Credits(credits_pb2_grpc.CreditsServiceServicer):
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
     async def GetBalance(self, request: credits_pb2.GetBalanceRequest, context: Context) -> credits_pb2.GetBalanceResponse:
+        self._backend.note(context)
         return credits_pb2.GetBalanceResponse()
 
 
@@ -278,12 +282,12 @@ class CannedMesh:
     settings: dict[str, Any]
 
     @asynccontextmanager
-    async def edge(self, directory: Path, **changes: Any) -> AsyncGenerator[Edge]:
-        """Envoy on free ports, with these settings changed; `directory` is for its files."""
+    async def edge(self, directory: Path, edit: Callable[[str], str] = str, **changes: Any) -> AsyncGenerator[Edge]:
+        """Envoy on free ports, with these settings changed; `directory` is for its files, `edit` changes what no setting can."""
         values: dict[str, Any] = {**self.settings, "sds_dir": directory, **changes}
         settings = EnvoySettings(**values)
         async with AsyncExitStack() as stack:
-            admin_url, pid, ports, log = await _start_envoy(stack, directory, render(settings))
+            admin_url, pid, ports, log = await _start_envoy(stack, directory, edit(render(settings)))
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{ports['plain']}", timeout=20))
             # Stubs of several edges of one test must not share a connection by chance.
             options = [("grpc.use_local_subchannel_pool", 1)]
@@ -315,7 +319,7 @@ async def canned_mesh(certificates: Path) -> AsyncGenerator[CannedMesh]:
         # What these servicers do not define, no test calls.
         identity = Identity(backend)  # pyright: ignore[reportAbstractUsage]
         jobs = Jobs(backend)  # pyright: ignore[reportAbstractUsage]
-        credits = Credits()  # pyright: ignore[reportAbstractUsage]
+        credits = Credits(backend)  # pyright: ignore[reportAbstractUsage]
         payments = Payments(backend)  # pyright: ignore[reportAbstractUsage]
         ledger = Ledger(backend)  # pyright: ignore[reportAbstractUsage]
         inference = Inference(backend)  # pyright: ignore[reportAbstractUsage]

@@ -129,6 +129,8 @@ async def stack(data_dir: Path) -> AsyncIterator[Stack]:
         # All users of all tests come from one address.
         "GENMESH_REGISTRATIONS_MAX": str(MANY),
         "GENMESH_SIGN_IN_CLIENT_FAILURES_MAX": str(MANY),
+        "GENMESH_SIGN_INS_MAX": str(MANY),
+        "GENMESH_PASSWORD_HASH_CLIENT_MAX": "64",
     }
     async with Stack(settings, environment=environment).running() as running:
         yield running

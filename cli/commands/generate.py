@@ -192,6 +192,14 @@ def follow(client: Edge, job: jobs_pb2.Job, *, json_output: bool = False) -> job
             except KeyboardInterrupt:
                 note(f"left; see `genmesh jobs show {job.job_id}`")
                 raise
+            except grpc.RpcError as error:
+                if reason_of(error) != "ERROR_REASON_SCOPE_MISSING":
+                    raise
+                raise CommandError(
+                    f"the job {job.job_id} was accepted, runs and is charged, but this API key may not look at it",
+                    f"a key with the scope read, or a login, may: `genmesh jobs show {job.job_id}`",
+                    code=ExitCode.DENIED,
+                ) from error
     return client.call(client.jobs.GetJob, jobs_pb2.GetJobRequest(job_id=job.job_id)).job
 
 

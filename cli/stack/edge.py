@@ -6,6 +6,7 @@ from pathlib import Path
 from cli.stack.ports import PortBlock
 from edge.render import render
 from edge.settings import EnvoySettings
+from servicekit.settings import load
 
 
 def configuration(
@@ -13,7 +14,8 @@ def configuration(
 ) -> str:
     """The text of Envoy's configuration file; others that it names are written to `directory`."""
     return render(
-        EnvoySettings(  # pyright: ignore[reportCallIssue]  # what is not given comes from the environment or has a default
+        load(
+            EnvoySettings,
             edge_port=edge_port,
             edge_tls_port=edge_tls_port,
             admin_port=ports.port("envoy-admin"),
@@ -25,6 +27,6 @@ def configuration(
             inference_addresses=tuple(ports.address(f"inference-{index}") for index in range(replicas_inference)),
             jwks_address=ports.address("gateway-jwks"),
             # A browser that trusts our authority would want TLS of everything else on this host too.
-            hsts_max_age_s=int(os.environ.get("GENMESH_HSTS_MAX_AGE_S") or 0),
+            hsts_max_age_s=os.environ.get("GENMESH_HSTS_MAX_AGE_S") or 0,
         )
     )

@@ -15,6 +15,7 @@ import ssl
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from genmesh.errors.v1 import errors_pb2
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
+from servicekit.tls import TlsFiles, server_credentials
 from tests.canned_mesh import (
     API_KEY,
     AUDIENCE,
@@ -320,6 +322,30 @@ async def test_a_wrong_method_is_told_the_right_ones(edge: Edge, method: str, pa
         assert (refusal_of_rest(reply).code, edge.backend.seen) == (12, [])
 
 
+UNREADABLE = {
+    "unknown method": ("QUERY", "/v1/credits", {}, 400),
+    "escaped slash": ("GET", "/v1/jobs/x%2fy", {}, 400),
+    "underscore in a name": ("GET", "/v1/models", {"x_user_id": "forged"}, 400),
+    "two lengths": ("POST", "/v1/jobs", {"transfer-encoding": "chunked"}, 400),
+    "unknown encoding": ("POST", "/v1/jobs", {"transfer-encoding": "gzip", "content-length": ""}, 501),
+    "large headers": ("GET", "/v1/models", {"x-long": "x" * 40_000}, 431),
+}
+
+
+@pytest.mark.parametrize("unreadable", UNREADABLE.values(), ids=UNREADABLE.keys())
+async def test_what_cannot_be_read_is_refused_with_a_text(edge: Edge, unreadable: tuple[str, str, dict[str, str], int]) -> None:
+    method, path, headers, expected = unreadable
+    status, _, body = await _raw(edge, method, path, headers | edge.bearer)
+    answer = json.loads(body)
+    assert (status, answer["code"], answer["details"][0]["reason"]) == (expected, 3, "ERROR_REASON_MALFORMED_REQUEST")
+    assert answer["message"].startswith("the ")
+
+
+async def test_what_the_transcoder_says_is_told(edge: Edge) -> None:
+    assert "unknown" in refusal_of_rest(await edge.http.get("/v1/jobs?unknown=1", headers=edge.bearer)).message
+    assert "expected" in refusal_of_rest(await edge.http.post("/v1/jobs", content="{", headers=edge.bearer)).message.lower()
+
+
 # --- a payment provider's notices --------------------------------------------------------------------------------------------
 
 # What JSON may be and no two writers write alike: nothing on the way may read it and write it again.
@@ -419,6 +445,19 @@ async def test_next_to_public_paths_a_token_is_needed(edge: Edge, method: str, p
     assert (await edge.http.request(method, path)).status_code == 401
 
 
+async def test_a_token_once_verified_ends_when_it_says(edge: Edge) -> None:
+    # Within the clock skew, hence not for long.
+    headers = {"authorization": f"Bearer {edge.issuer.token(exp=int(time.time()) - 2)}"}
+    reply = await edge.http.get("/v1/models", headers=headers)
+    assert reply.status_code == 200
+    async with asyncio.timeout(START_TIMEOUT_S):
+        # The services look at it as well; it has to be Envoy that says no in the end.
+        while (await _logged(edge, reply))["details"] != "jwt_authn_access_denied{Jwt_is_expired}":
+            await asyncio.sleep(0.1)  # a token gives no sign of its end
+            reply = await edge.http.get("/v1/models", headers=headers)
+    assert refusal_of_rest(reply).reason == "ERROR_REASON_TOKEN_EXPIRED"
+
+
 # --- what must not be reached ------------------------------------------------------------------------------------------------
 
 INTERNAL = [
@@ -450,10 +489,10 @@ TRICKS = [
 
 
 async def _raw(edge: Edge, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
-    """One HTTP/1.1 exchange with the request target exactly as given: clients would tidy it up."""
+    """One HTTP/1.1 exchange with the request target exactly as given: clients would tidy it up. Empty headers are left out."""
     reader, writer = await asyncio.open_connection("127.0.0.1", edge.port)
     lines = {"host": "edge", "content-length": str(len(body)), "connection": "close"} | dict(headers)
-    head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items())
+    head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{key}: {value}\r\n" for key, value in lines.items() if value)
     writer.write(head.encode() + b"\r\n" + body)
     await writer.drain()
     async with asyncio.timeout(START_TIMEOUT_S):
@@ -643,6 +682,18 @@ async def test_cookies_pass_both_ways_untouched(edge: Edge) -> None:
     assert reply.headers["set-cookie"] == cookie
     assert edge.backend.seen[0]["cookie"] == "__Host-genmesh_refresh=old"
     assert reply.headers["access-control-allow-credentials"] == "true"
+
+
+async def test_cookies_go_to_identity_alone(edge: Edge) -> None:
+    cookie = {"cookie": "__Host-genmesh_refresh=secret"}
+    await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=edge.bearer | cookie)
+    await edge.http.get("/v1/credits", headers=edge.bearer | cookie)
+    await edge.http.post("/v1/payments:notify", content=b"{}", headers=cookie)
+    await edge.jobs.GetJob(GET_JOB, metadata=(*edge.metadata, *cookie.items()))
+    web = GRPC_WEB | edge.bearer | cookie
+    await edge.http.post("/genmesh.jobs.v1.JobsService/GetJob", content=frame(GET_JOB.SerializeToString()), headers=web)
+    assert len(edge.backend.seen) == 5
+    assert not [seen for seen in edge.backend.seen if "cookie" in seen]
 
 
 # --- pages that act for their visitors -----------------------------------------------------------------------------------------
@@ -861,3 +912,120 @@ async def test_envoys_own_door_cannot_change_it(edge: Edge) -> None:
         for path in ("/quitquitquit", "/drain_listeners", "/healthcheck/fail", "/logging", "/runtime_modify", "/config_dump"):
             assert (await admin.post(path)).status_code in (403, 404), path
     assert (await edge.http.get("/stats/prometheus")).status_code == 401
+
+
+# --- many watchers, bad answers, lost hosts --------------------------------------------------------------------------------------
+
+
+async def test_watches_leave_room_for_calls(certificates: Path, tmp_path: Path) -> None:
+    def narrow(text: str) -> str:
+        assert "max_requests: 4096" in text
+        return text.replace("max_requests: 4096", "max_requests: 3")
+
+    async with canned_mesh(certificates) as mesh, mesh.edge(tmp_path, edit=narrow) as edge:
+        watches: list[Any] = [edge.jobs.WatchJobs(jobs_pb2.WatchJobsRequest(), metadata=edge.metadata) for _ in range(3)]
+        for watch in watches:
+            await watch.read()
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await edge.jobs.WatchJobs(jobs_pb2.WatchJobsRequest(), metadata=edge.metadata).read()
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await edge.jobs.GetJob(GET_JOB, metadata=edge.metadata)).job.job_id == JOB_ID
+        for watch in watches:
+            watch.cancel()
+
+
+SIGN_IN = "/genmesh.identity.v1.IdentityService/SignIn"
+WAIT = "wait"
+
+
+class Answers(grpc.GenericRpcHandler):
+    """A gateway that is healthy and answers with the code that `x-answer` asks for."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        answer = self._health if handler_call_details.method == "/grpc.health.v1.Health/Check" else self._answer
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+    async def _health(self, _request: bytes, _context: object) -> bytes:
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
+
+    async def _answer(self, _request: bytes, context: Any) -> bytes:
+        self.calls += 1
+        answer = dict(context.invocation_metadata()).get("x-answer", "OK")
+        if answer == WAIT:
+            await asyncio.Event().wait()
+        if answer != "OK":
+            await context.abort(grpc.StatusCode[answer], "asked for")
+        return b""
+
+
+@asynccontextmanager
+async def _two_gateways(certificates: Path, directory: Path) -> AsyncGenerator[tuple[Edge, list[Answers], list[grpc.aio.Server]]]:
+    """An edge with two hosts for the gateway, whose health it does not look at again."""
+    answers, servers = [Answers(), Answers()], [grpc.aio.server(), grpc.aio.server()]
+    addresses: list[str] = []
+    for server, answer in zip(servers, answers, strict=True):
+        server.add_generic_rpc_handlers((answer,))
+        credentials = server_credentials(TlsFiles.of(certificates, "gateway"))
+        addresses.append(f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}")
+        await server.start()
+
+    def unhurried(text: str) -> str:
+        assert "interval: 2s, no_traffic_interval: 2s" in text
+        return text.replace("interval: 2s, no_traffic_interval: 2s", "interval: 3600s, no_traffic_interval: 3600s")
+
+    async with (
+        canned_mesh(certificates) as mesh,
+        mesh.edge(directory, edit=unhurried, gateway_addresses=tuple(addresses), edge_requests_per_s_ip=0) as edge,
+    ):
+        yield edge, answers, servers
+    for server in servers:
+        await server.stop(None)
+
+
+async def _ejected(edge: Edge) -> int:
+    """Hosts of the gateway that were ejected so far."""
+    async with httpx.AsyncClient(base_url=edge.admin_url) as admin:
+        page = await admin.get("/stats", params={"filter": "cluster.gateway.outlier_detection.ejections_enforced_total", "format": "json"})
+    [stat] = page.json()["stats"]
+    return stat["value"]
+
+
+PROVOCATIONS: dict[str, tuple[dict[str, str], float]] = {
+    "not offered": ({"x-answer": "UNIMPLEMENTED"}, 20),
+    "an error nobody foresaw": ({"x-answer": "INTERNAL"}, 20),
+    "out of reach": ({"x-answer": "UNAVAILABLE"}, 20),
+    "too late": ({"x-answer": "DEADLINE_EXCEEDED"}, 20),
+    "a client in a hurry": ({"x-answer": WAIT}, 0.3),
+}
+
+
+@pytest.mark.parametrize("provocation", PROVOCATIONS.values(), ids=PROVOCATIONS.keys())
+async def test_no_answer_ejects_a_host(certificates: Path, tmp_path: Path, provocation: tuple[dict[str, str], float]) -> None:
+    metadata, timeout_s = provocation
+    async with _two_gateways(certificates, tmp_path) as (edge, answers, _):
+        sign_in: Any = edge.channel.unary_unary(SIGN_IN)
+        for crowd in (1, 20):  # one after the other, and all at once
+            for _ in range(20 // crowd):
+                calls = [sign_in(b"", metadata=tuple(metadata.items()), timeout=timeout_s) for _ in range(crowd)]
+                for result in await asyncio.gather(*calls, return_exceptions=True):
+                    assert isinstance(result, grpc.aio.AioRpcError)
+        assert await _ejected(edge) == 0
+        for answer in answers:
+            answer.calls = 0
+        await asyncio.gather(*(sign_in(b"") for _ in range(40)))
+        assert all(answer.calls for answer in answers)
+
+
+async def test_a_host_that_is_gone_is_ejected(certificates: Path, tmp_path: Path) -> None:
+    async with _two_gateways(certificates, tmp_path) as (edge, answers, servers):
+        sign_in: Any = edge.channel.unary_unary(SIGN_IN)
+        await servers[0].stop(None)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not await _ejected(edge):
+                await asyncio.gather(*(sign_in(b"") for _ in range(20)), return_exceptions=True)
+        answers[1].calls = 0
+        await asyncio.gather(*(sign_in(b"") for _ in range(20)))
+        assert answers[1].calls == 20

@@ -173,9 +173,9 @@ BAD_REQUESTS: dict[str, tuple[Method[Any, Any], str, Message]] = {
 @pytest.mark.parametrize(("method", "field", "request_"), BAD_REQUESTS.values(), ids=BAD_REQUESTS.keys())
 async def test_bad_request(victim: User, transport: Transport, method: Method[Any, Any], field: str, request_: Message) -> None:
     refusal = await refused(victim.call(method, request_, transport))
-    if transport is Transport.JSON and not refusal.infos:
+    if transport is Transport.JSON and not refusal.fields:
         # Envoy knows the enums, and answers before any service does.
-        assert (refusal.code, refusal.http_status) == (INVALID, 400)
+        assert (refusal.code, refusal.reason, refusal.http_status) == (INVALID, "MALFORMED_REQUEST", 400)
         assert field.startswith("states")
         return
     check(refusal, field, transport)

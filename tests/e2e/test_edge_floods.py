@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -33,7 +34,7 @@ POLL_S = 0.05
 @pytest_asyncio.fixture(scope="module")
 async def calm_edge(certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Edge]:
     async with canned_mesh(certificates) as mesh:
-        off = {"edge_requests_per_s_ip": 0, "edge_requests_per_s_user": 0}
+        off: dict[str, Any] = {"edge_requests_per_s_ip": 0, "edge_requests_per_s_user": 0}
         async with mesh.edge(tmp_path_factory.mktemp("envoy"), **off) as edge:
             yield edge
 

@@ -420,6 +420,24 @@ def test_waiting_for_the_browser_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     assert raised.value.code == ExitCode.UNAVAILABLE
 
 
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://accounts.example.com/auth",
+        "file://localhost/etc/passwd",
+        "javascript://localhost/%0aalert(1)",
+        "ftp://127.0.0.1/auth",
+        "//localhost/auth",
+        "https:///auth",
+        "",
+    ],
+)
+def test_the_browser_is_sent_to_no_unsafe_address(endpoint: str) -> None:
+    with pytest.raises(CommandError) as raised:
+        sign_in_code(google_of(ANY_PORT, endpoint=endpoint), lambda _: pytest.fail("sent"), wait_s=0.0)
+    assert "safe address" in raised.value.message
+
+
 def test_a_listed_port_is_used() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

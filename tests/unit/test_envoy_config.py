@@ -119,6 +119,41 @@ def test_routes_lead_to_clusters_that_exist(parsed: dict[str, Any]) -> None:
     assert [one["match"]["prefix"] for one in routes(parsed) if one.get("route", {}).get("cluster") == "nowhere"] == ["/v1/", "/v1/"]
 
 
+def test_streams_and_calls_share_no_cluster(parsed: dict[str, Any]) -> None:
+    methods = public_methods(settings().descriptors)
+    clusters = {
+        streaming: {grpc_routes(parsed)[method.path]["cluster"] for method in methods if method.streaming is streaming}
+        for streaming in (True, False)
+    }
+    assert clusters[True] == {"jobs_service_streams", "credit_service_streams"}
+    assert not clusters[True] & clusters[False]
+    for name in clusters[True]:
+        assert endpoints(parsed, name) == endpoints(parsed, name.removesuffix("_streams"))
+    every = [one for one in parsed["static_resources"]["clusters"] if one["name"] != "jwks"]
+    assert all(one["circuit_breakers"]["thresholds"][0]["max_requests"] == 4096 for one in every)
+
+
+def test_cookies_go_to_identity_alone(parsed: dict[str, Any]) -> None:
+    kept = {
+        one["match"]["path"].split("/")[1]
+        for one in routes(parsed)
+        if one["match"].get("path", "").startswith("/genmesh.") and "cookie" not in one.get("request_headers_to_remove", [])
+    }
+    assert kept == {"genmesh.identity.v1.IdentityService"}
+
+
+def test_nothing_that_a_client_can_ask_for_ejects_a_host(parsed: dict[str, Any]) -> None:
+    for cluster in parsed["static_resources"]["clusters"]:
+        if cluster["name"] == "jwks":
+            continue
+        detection = cluster["outlier_detection"]
+        assert detection["split_external_local_origin_errors"] is True
+        enforced = {key for key, value in detection.items() if key.startswith("enforcing_") and value}
+        assert enforced == {"enforcing_consecutive_local_origin_failure"}
+        # Named, because Envoy enforces them by itself.
+        assert {"enforcing_consecutive_5xx", "enforcing_success_rate", "enforcing_local_origin_success_rate"} < detection.keys()
+
+
 def test_exactly_the_public_methods_need_no_token(parsed: dict[str, Any]) -> None:
     rules = http_filter(parsed, "jwt_authn")["rules"]
     *free, last = rules
@@ -207,7 +242,9 @@ def test_rest_bodies_are_limited(parsed: dict[str, Any]) -> None:
 CLUSTERS = {
     "gateway": "gateway",
     "jobs_service": "jobs_service",
+    "jobs_service_streams": "jobs_service",
     "credit_service": "credit_service",
+    "credit_service_streams": "credit_service",
     "inference_service": "inference_service",
     "jwks": "gateway",
 }

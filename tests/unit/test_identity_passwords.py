@@ -16,7 +16,7 @@ PASSWORD = "correct horse battery"
 
 @pytest.fixture
 def passwords() -> Generator[Passwords]:
-    made = Passwords(memory_kib=1024, iterations=1, threads=2, waiting_max=1)
+    made = Passwords(memory_kib=1024, iterations=1, threads=2, waiting_max=1, client_max=2)
     yield made
     made.close()
 
@@ -56,7 +56,7 @@ async def test_no_account_does_the_work_of_one_and_no_password_is_right(password
 
 
 async def test_a_hash_of_other_parameters_is_outdated(passwords: Passwords) -> None:
-    stronger = Passwords(memory_kib=2048, iterations=2, threads=1, waiting_max=0)
+    stronger = Passwords(memory_kib=2048, iterations=2, threads=1, waiting_max=0, client_max=1)
     try:
         stored = await passwords.hash(PASSWORD)
         assert not (await passwords.verify(stored, PASSWORD)).outdated
@@ -95,3 +95,22 @@ async def test_more_than_the_pool_holds_is_refused_at_once_and_the_loop_goes_on(
         release.set()
     assert await asyncio.gather(*accepted) == ["hashed"] * 3
     assert await passwords.hash(PASSWORD) == "hashed"  # the places are free again
+
+
+async def test_one_client_takes_a_few_of_the_places_only(passwords: Passwords, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(argon2.PasswordHasher, "hash", lambda *_: release.wait(30) and "hashed")
+    accepted = [asyncio.create_task(passwords.hash(PASSWORD, client="192.0.2.1")) for _ in range(2)]
+    await asyncio.sleep(0)
+    try:
+        for call in (passwords.hash(PASSWORD, client="192.0.2.1"), passwords.verify(None, PASSWORD, client="192.0.2.1")):
+            with pytest.raises(MeshError) as caught:
+                await call
+            assert caught.value.reason == Reason.ERROR_REASON_LIMIT_REACHED
+        accepted.append(asyncio.create_task(passwords.hash(PASSWORD, client="192.0.2.2")))
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in accepted)
+    finally:
+        release.set()
+    assert await asyncio.gather(*accepted) == ["hashed"] * 3
+    assert await passwords.hash(PASSWORD, client="192.0.2.1") == "hashed"

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from servicekit import identity
 from servicekit.errors import MeshError, Reason
 from servicekit.identity import RemoteKeys, TokenVerifier
+from servicekit.revocations import TOKEN_LIFE_MAX_S
 from servicekit.tls import TlsFiles
 
 KEY = Ed25519PrivateKey.generate()
@@ -44,15 +45,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-class CountingKeys:
-    """One key, and how often it was asked for."""
+class OneKey:
+    """One key, until it is taken away."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.key: jwt.PyJWK | None = jwt.PyJWK.from_dict(JWK | {"kid": "known"})
 
     async def get(self, key_id: str) -> jwt.PyJWK | None:
-        self.asked += 1
-        return jwt.PyJWK.from_dict(JWK) if key_id == "known" else None
+        return self.key if key_id == "known" else None
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tokens whose signature was checked."""
+    checked: list[str] = []
+    decode = jwt.decode
+
+    def count(token: str, *args: Any, **kwargs: Any) -> Any:
+        checked.append(token)
+        return decode(token, *args, **kwargs)
+
+    monkeypatch.setattr(identity.jwt, "decode", count)
+    return checked
 
 
 def token(subject: str, expire_time: float, **more: Any) -> str:
@@ -60,29 +74,48 @@ def token(subject: str, expire_time: float, **more: Any) -> str:
     return jwt.encode(claims, KEY, algorithm="EdDSA", headers={"kid": "known"})
 
 
-async def test_a_token_is_checked_once_until_it_expires(clock: Clock) -> None:
-    keys = CountingKeys()
-    verifier = TokenVerifier(keys, issuer="i", audience="a")
-    ann = token("ann", clock.now + 60)
+async def test_a_token_is_checked_once_until_it_expires(clock: Clock, checks: list[str]) -> None:
+    verifier = TokenVerifier(OneKey(), issuer="i", audience="a")
+    ann, ben = token("ann", clock.now + 60), token("ben", clock.now + 60)
     assert [(await verifier.verify(ann)).user_id for _ in range(3)] == ["ann"] * 3
-    assert keys.asked == 1
-    assert (await verifier.verify(token("ben", clock.now + 60))).user_id == "ben"
-    assert keys.asked == 2
+    assert checks == [ann]
+    assert (await verifier.verify(ben)).user_id == "ben"
+    assert checks == [ann, ben]
     clock.now += 60 + identity.CLOCK_SKEW_S
     await verifier.verify(ann)
-    assert keys.asked == 3  # what is remembered does not outlive the token: the signature check decides again
+    assert checks == [ann, ben, ann]  # what is remembered does not outlive the token: the signature check decides again
 
 
-async def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "VERIFIED_TOKENS_MAX", 2)
-    keys = CountingKeys()
+async def test_a_token_does_not_outlive_its_key(clock: Clock) -> None:
+    keys = OneKey()
     verifier = TokenVerifier(keys, issuer="i", audience="a")
+    ann = token("ann", clock.now + 60)
+    await verifier.verify(ann)
+    keys.key = None
+    with pytest.raises(MeshError) as raised:
+        await verifier.verify(ann)
+    assert raised.value.reason == Reason.ERROR_REASON_TOKEN_INVALID
+
+
+async def test_no_token_lives_for_ever(clock: Clock) -> None:
+    """Whoever had the key for a moment could make one that outlives every list of revocations."""
+    verifier = TokenVerifier(OneKey(), issuer="i", audience="a")
+    now = int(clock.now)
+    await verifier.verify(token("ann", now + 60, iat=now + 60 - TOKEN_LIFE_MAX_S))
+    with pytest.raises(MeshError) as raised:
+        await verifier.verify(token("ann", now + 60, iat=now + 59 - TOKEN_LIFE_MAX_S))
+    assert raised.value.reason == Reason.ERROR_REASON_TOKEN_INVALID
+
+
+async def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch, checks: list[str]) -> None:
+    monkeypatch.setattr(identity, "VERIFIED_TOKENS_MAX", 2)
+    verifier = TokenVerifier(OneKey(), issuer="i", audience="a")
     ann, ben, eve = (token(name, clock.now + 60) for name in ("ann", "ben", "eve"))
     for each in (ann, ben, ann, eve, ann):
         await verifier.verify(each)
-    assert keys.asked == 3
+    assert checks == [ann, ben, eve]
     await verifier.verify(ben)  # the one not used for longest was dropped
-    assert keys.asked == 4
+    assert checks == [ann, ben, eve, ben]
 
 
 @pytest.mark.parametrize(
@@ -96,13 +129,13 @@ async def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.M
     ids=["signed in", "null", "a key", "the same key in other letters"],
 )
 async def test_a_token_says_which_api_key_it_was_made_for(clock: Clock, claims: dict[str, Any], api_key_id: str | None) -> None:
-    verifier = TokenVerifier(CountingKeys(), issuer="i", audience="a")
+    verifier = TokenVerifier(OneKey(), issuer="i", audience="a")
     assert (await verifier.verify(token("ann", clock.now + 60, **claims))).api_key_id == api_key_id
 
 
 @pytest.mark.parametrize("claim", ["", "mine", 5, 0, False, ["0a6b2f0e-6f5e-4d8a-9b1c-3f2e1d0c9b8a"], {}])
 async def test_a_token_whose_key_is_no_key_is_refused_each_time(clock: Clock, claim: Any) -> None:
-    verifier = TokenVerifier(CountingKeys(), issuer="i", audience="a")
+    verifier = TokenVerifier(OneKey(), issuer="i", audience="a")
     for _ in range(2):
         with pytest.raises(MeshError) as raised:
             await verifier.verify(token("ann", clock.now + 60, api_key_id=claim))

@@ -868,11 +868,54 @@ async def test_refusals_are_outcomes(probe: Probe, call: Any) -> None:
     assert [(entry.code, entry.reason) for entry in probe.trail.finished] == [(5, "ERROR_REASON_NOT_FOUND")]
 
 
-async def test_who_may_not_act_leaves_no_entry(probe: Probe, call: Any) -> None:
-    await refusal(call(ADMIN, token=probe.keys.token(roles=["operator"])))
+async def test_who_tries_what_they_may_not_do_is_written_down(probe: Probe, call: Any) -> None:
+    await refusal(call(ADMIN, token=probe.keys.token(roles=["operator"]), x_client_address="203.0.113.9"))
+    await refusal(call(OPERATOR, token=key_token(probe, "read", roles=("admin",))))
+    assert [(entry.method.rpartition("/")[2], entry.code, entry.reason) for entry in probe.trail.begun] == [
+        ("Admin", 7, "ERROR_REASON_PERMISSION_DENIED"),
+        ("Operator", 7, "ERROR_REASON_SCOPE_MISSING"),
+    ]
+    assert (probe.trail.begun[0].actor_user_id, probe.trail.begun[0].client_address) == (USER_ID, "203.0.113.9")
+    # Strangers, and requests that are none, changed nothing and nobody answers for them.
     await refusal(call(ADMIN))
     await refusal(call(ADMIN, identity_pb2.ListUsersRequest(page_size=-1), token=probe.keys.token(roles=["admin"])))
-    assert probe.trail.begun == []
+    await refusal(call(SUBMIT, token=key_token(probe, "read")))
+    assert len(probe.trail.begun) == 2
+
+
+async def test_one_account_leaves_no_flood_of_entries(probe: Probe, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "ACTS_PER_MINUTE", 3)
+    somebody, request = str(uuid.uuid4()), identity_pb2.RevokeApiKeyRequest(api_key_id=USER_ID)
+    token = probe.keys.token(sub=somebody)
+    for _ in range(3):
+        await call(AUDITED, request, token=token)
+    refused = await refusal(call(AUDITED, request, token=token))
+    assert verdict(refused) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED")
+    assert verdict(await refusal(call(ADMIN, token=token))) == DENIED
+    assert len(probe.trail.begun) == 3
+    await call(AUDITED, request, token=probe.keys.token(sub=str(uuid.uuid4())))
+    for _ in range(5):  # administrators are not held up
+        await call(ADMIN, token=probe.keys.token(sub=somebody, roles=["admin"]))
+
+
+@pytest.mark.parametrize("method", [ADMIN, AUDITED_SIGN_IN])
+async def test_hanging_up_leaves_an_entry(probe: Probe, call: Any, method: Method) -> None:
+    begun = asyncio.Event()
+
+    async def hang(_request: Any) -> identity_pb2.User:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    probe.unary = hang
+    started = call(method, token=probe.keys.token(roles=["admin"]))
+    await begun.wait()
+    started.cancel()
+    async with asyncio.timeout(20):
+        while not (probe.trail.finished if method is ADMIN else probe.trail.begun):  # noqa: ASYNC110  # nobody signals it
+            await asyncio.sleep(0.01)
+    [entry] = probe.trail.finished if method is ADMIN else probe.trail.begun
+    assert entry.code == 1
 
 
 async def test_strangers_are_written_down_after_the_fact(probe: Probe, call: Any) -> None:

@@ -15,6 +15,7 @@ import wave
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from jobs_service import media_check
 from jobs_service.checker import COMMAND, Checker, Verdict
 from jobs_service.media import MediaLimits, Refusal, message
 from servicekit.errors import MeshError, Reason
@@ -269,6 +271,35 @@ async def test_audio_that_claims_to_be_long():
     assert (await check(bytes(flac), "audio/flac")).refusal is Refusal.DURATION
     assert (await check(bytes(ogg), "audio/ogg")).refusal in (Refusal.DURATION, Refusal.BROKEN)
     assert (await check(bytes(riff), "audio/wav")).refusal is Refusal.BROKEN
+
+
+async def test_audio_of_more_samples_than_its_longest_in_stereo_has():
+    # Silence costs a decoder as much as music, and hardly any bytes.
+    silence = audio("FLAC", "PCM_16", seconds=10, rate=96_000, channels=1)
+    too_much = audio("FLAC", "PCM_16", seconds=10, rate=48_000, channels=3)
+
+    assert (await check(silence, "audio/flac")).refusal is None
+    assert (await check(too_much, "audio/flac")).refusal is Refusal.SAMPLES
+
+
+async def test_opus_may_have_half_as_many_samples():
+    for rate, channels, refused in ((48_000, 1, None), (48_000, 2, Refusal.SAMPLES), (16_000, 2, Refusal.SAMPLES)):
+        opus = audio("OGG", "OPUS", seconds=9.9, rate=rate, channels=channels)
+
+        assert (await check(opus, "audio/ogg")).refusal is refused
+
+
+async def test_audio_of_too_many_samples_is_not_decoded(monkeypatch: pytest.MonkeyPatch):
+    class Watched(soundfile.SoundFile):
+        def read(self, *_: Any, **__: Any) -> Any:
+            raise AssertionError("decoded")
+
+    monkeypatch.setattr(soundfile, "SoundFile", Watched)
+
+    with pytest.raises(media_check.RefusedError) as refused:
+        media_check.check(audio("FLAC", "PCM_16", seconds=1, rate=384_000, channels=3), "audio/flac", replace(LIMITS, max_duration_s=10))
+
+    assert refused.value.refusal is Refusal.SAMPLES
 
 
 async def test_a_flac_that_does_not_say_how_long_it_is():

@@ -19,6 +19,16 @@ def test_tokens_come_back_as_they_went(position: bytes, query: bytes):
     assert decode_token(encode_token(position, query), query) == position
 
 
+@given(st.binary(min_size=1, max_size=32))
+def test_a_token_of_our_own_making_has_the_length_that_is_expected(position: bytes):
+    token = encode_token(position, b"query")
+    assert decode_token(token, b"query", length=len(position)) == position
+    for length in (len(position) - 1, len(position) + 1):
+        with pytest.raises(MeshError) as raised:
+            decode_token(token, b"query", length=length)
+        assert raised.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_no_token_is_the_first_page():
     assert decode_token("", b"query") is None
 

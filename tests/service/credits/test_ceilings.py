@@ -11,6 +11,7 @@ import pytest_asyncio
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from credit_service import app, store
 from credit_service.balances import BalanceFeed
@@ -19,6 +20,7 @@ from credit_service.settings import CreditSettings
 from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.client import mesh_channel
+from servicekit.database import transaction
 from servicekit.doorkeeper import Doorkeeper
 from tests.service.credits.callers import Signer, refused
 from tests.service.credits.clocked_ledger import ClockedLedger
@@ -490,13 +492,17 @@ async def test_users_do_not_set_the_ceilings_of_accounts(admin_stub: "LedgerAdmi
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
 
 
-async def test_one_key_more_than_can_have_a_ceiling_is_refused(credits_stub: "CreditsServiceAsyncStub", signer: Signer, user_id: uuid.UUID):
+async def test_one_key_more_than_can_have_a_ceiling_is_refused(
+    credits_stub: "CreditsServiceAsyncStub", signer: Signer, engine: AsyncEngine, user_id: uuid.UUID
+):
     user = signer.metadata(user_id)
 
     def request() -> pb.SetKeyCeilingRequest:
         return pb.SetKeyCeilingRequest(api_key_id=str(uuid.uuid4()), daily_millicredits=1)
 
-    for _ in range(KEY_CEILINGS_MAX):
-        await credits_stub.SetKeyCeiling(request(), metadata=user)
+    async with transaction(engine) as connection:  # nobody may ask for so many at once
+        for _ in range(KEY_CEILINGS_MAX - 1):
+            await store.set_ceiling(connection, user_id=user_id, api_key_id=uuid.uuid4(), daily_millicredits=1, monthly_millicredits=None)
+    await credits_stub.SetKeyCeiling(request(), metadata=user)
     refusal = await refused(credits_stub.SetKeyCeiling(request(), metadata=user))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "LIMIT_REACHED")

@@ -29,6 +29,7 @@ from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.client import mesh_channel
 from servicekit.telemetry import HttpServer
 from servicekit.tls import TlsFiles
+from tests.gateway_stand_in import stand_in_gateway
 from tests.service.credits.callers import Signer
 from tests.service.credits.clocked_ledger import ClockedLedger, clocked_ledger
 from tests.service.credits.ledger_model import Model, Operation, see
@@ -348,12 +349,16 @@ async def own_ledger(migrated_database: Callable[[], str]) -> AsyncIterator[Cloc
 
 @pytest_asyncio.fixture
 async def served(own_ledger: ClockedLedger, certificates: Path, signer: Signer) -> AsyncIterator[Served]:
-    with HttpServer("127.0.0.1:0", {"/jwks": signer.key_set_page}, tls=TlsFiles.of(certificates, "gateway")) as keys:
+    with (
+        HttpServer("127.0.0.1:0", {"/jwks": signer.key_set_page}, tls=TlsFiles.of(certificates, "gateway")) as keys,
+        stand_in_gateway(certificates) as gateway_address,
+    ):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GENMESH_")} | {
             "GENMESH_DATABASE_URL": own_ledger.url,
             "GENMESH_DATABASE_POOL_SIZE": "20",
             "GENMESH_CERTIFICATES_DIR": str(certificates),
             "GENMESH_JWKS_URL": f"https://127.0.0.1:{keys.port}/jwks",
+            "GENMESH_GATEWAY_ADDRESS": gateway_address,
             "GENMESH_METRICS_ADDRESS": "127.0.0.1:0",
             "GENMESH_PLAN_GRANT_INTERVAL_S": "0",
             "GENMESH_LOG_LEVEL": "info",

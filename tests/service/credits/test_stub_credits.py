@@ -24,6 +24,7 @@ from genmesh.credits.v1 import credits_pb2 as pb
 from genmesh.credits.v1 import credits_pb2_grpc as pb_grpc
 from servicekit.telemetry import HttpServer
 from servicekit.tls import TlsFiles, channel_credentials, server_name
+from tests.gateway_stand_in import stand_in_gateway
 from tests.service.credits.callers import Signer, refusal_of
 
 READY_TIMEOUT_S = 30
@@ -54,12 +55,16 @@ class Process:
 @pytest.fixture(scope="module")
 def credit_process(migrated_database: Callable[[], str], certificates: Path, signer: Signer) -> Iterator[Process]:
     command = [sys.executable, "-m", "credit_service", "serve"]
-    with HttpServer("127.0.0.1:0", {"/jwks": signer.key_set_page}, tls=TlsFiles.of(certificates, "gateway")) as keys:
+    with (
+        HttpServer("127.0.0.1:0", {"/jwks": signer.key_set_page}, tls=TlsFiles.of(certificates, "gateway")) as keys,
+        stand_in_gateway(certificates) as gateway_address,
+    ):
         environment = {
             **os.environ,
             "GENMESH_DATABASE_URL": migrated_database(),
             "GENMESH_CERTIFICATES_DIR": str(certificates),
             "GENMESH_JWKS_URL": f"https://127.0.0.1:{keys.port}/jwks",
+            "GENMESH_GATEWAY_ADDRESS": gateway_address,
             "GENMESH_LISTEN_ADDRESS": "127.0.0.1:0",
             "GENMESH_METRICS_ADDRESS": "127.0.0.1:0",
             "GENMESH_HOLD_EXPIRY_INTERVAL_S": "0.05",

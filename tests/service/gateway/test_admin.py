@@ -10,6 +10,7 @@ import pytest_asyncio
 import sqlalchemy as sa
 
 from gateway import app
+from gateway.revocations import revoke
 from gateway.tables import revocations, sessions, users
 from genmesh.identity.v1 import identity_pb2
 from servicekit.database import migrate, transaction
@@ -160,3 +161,35 @@ async def test_only_administrators_change_accounts(gateway: Any, boss: Person, r
             error = await refused(update(gateway, caller, who.user_id, **changes))
             assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
     assert (await get_me(gateway, who.access_token)).user == who.user
+
+
+async def test_changes_in_a_row_do_not_push_tokens_into_the_future(gateway: Any, boss: Person) -> None:
+    who = await person(gateway)
+    session: Any = who
+    for number in range(4):
+        plan = identity_pb2.PLAN_PRO if number % 2 == 0 else identity_pb2.PLAN_FREE
+        await update(gateway, boss, who.user_id, plan=plan)
+        session = await refresh(gateway, session)
+        async with transaction(gateway.engine) as connection:
+            now = (await connection.execute(sa.select(sa.func.clock_timestamp()))).scalar_one().timestamp()
+        assert claims_of(session.access_token)["iat"] - now <= 3
+        await gateway.deps.revocations.poll()
+        await get_me(gateway, session.access_token)
+
+
+async def test_changes_that_would_wait_too_long_are_refused(
+    gateway: Any, boss: Person, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.admin.CHANGE_WAIT_MAX_S", 0.0)
+    who = await person(gateway)
+    async with transaction(gateway.engine) as connection:
+        for _ in range(4):
+            await revoke(connection, "user", who.user_id)
+    error = await refused(update(gateway, boss, who.user_id, plan=identity_pb2.PLAN_PRO))
+    assert error.code is grpc.StatusCode.UNAVAILABLE
+    assert error.retry_after_s is not None
+    assert 0 < error.retry_after_s <= 4
+    async with transaction(gateway.engine) as connection:
+        assert (await connection.execute(sa.select(users.c.plan).where(users.c.user_id == who.user_id))).scalar_one() == "PLAN_FREE"
+    # What is so already revokes nothing.
+    await update(gateway, boss, who.user_id, plan=identity_pb2.PLAN_FREE)

@@ -14,14 +14,17 @@ import pytest
 import pytest_asyncio
 import sqlalchemy as sa
 
+from gateway import accounts, store
 from gateway import api_keys as domain
 from gateway.api_keys import secret_hash
+from gateway.revocations import revoke
 from gateway.tables import api_keys, revocations, users
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from genmesh.identity.v1 import identity_pb2
 from servicekit.database import transaction
 from servicekit.errors import Reason, permission_denied
 from servicekit.interceptors import Errors
+from servicekit.paging import encode_token
 from servicekit.tls import TlsFiles, server_credentials
 from tests.service.gateway.callers import Person, admin, bearer, claims_of, create_key, get_me, key_sign_in, person, revoke_key, update
 
@@ -129,6 +132,60 @@ async def test_of_many_keys_made_at_once_only_so_many_work(gateway: Any, refused
     await change_row(gateway, made[1].api_key_id, expire_time=sa.func.now())
     await create_key(gateway, owner)
     await refused(create_key(gateway, owner))
+
+
+async def test_forged_page_tokens_are_refused(gateway: Any, refused: Any) -> None:
+    owner, boss = await person(gateway), await admin(gateway)
+    for position in (b"x", b"x" * 15, b"x" * 17):
+        of_keys = encode_token(position, domain.PAGES_OF + owner.user_id.bytes)
+        of_users = encode_token(position, accounts.PAGES_OF)
+        of_members = encode_token(position, accounts.PAGES_OF_MEMBERS)
+        for call in (
+            gateway.users.ListApiKeys(identity_pb2.ListApiKeysRequest(page_token=of_keys), metadata=owner.metadata),
+            gateway.admin.ListUsers(identity_pb2.ListUsersRequest(page_token=of_users), metadata=boss.metadata),
+            gateway.members.ListMembers(identity_pb2.ListMembersRequest(page_token=of_members)),
+        ):
+            error = await refused(call)
+            assert (error.code, error.message.partition(":")[0]) == (grpc.StatusCode.INVALID_ARGUMENT, "page_token")
+
+
+@pytest.mark.parametrize("change", [{"plan": "PLAN_PRO"}, {"disabled_time": sa.func.now()}], ids=["plan", "disabled"])
+async def test_a_token_for_a_key_waits_for_a_change_of_the_account(gateway: Any, refused: Any, change: dict[str, Any]) -> None:
+    owner = await person(gateway)
+    made = await create_key(gateway, owner)
+    async with transaction(gateway.engine) as connection:
+        await store.lock_user(connection, owner.user_id)
+        await connection.execute(users.update().where(users.c.user_id == owner.user_id).values(**change))
+        await revoke(connection, "user", owner.user_id)
+        waiting = asyncio.ensure_future(key_sign_in(gateway, made.secret))
+        done, _ = await asyncio.wait([waiting, asyncio.ensure_future(lock_is_waited_for(gateway))], return_when=asyncio.FIRST_COMPLETED)
+        assert waiting not in done
+    if "disabled_time" in change:
+        assert (await refused(waiting)).reason == Reason.ERROR_REASON_API_KEY_INVALID
+    else:
+        answer = await waiting
+        assert answer.user.plan == identity_pb2.PLAN_PRO
+        await gateway.deps.revocations.poll()
+        await get_me(gateway, answer.access_token)
+
+
+async def lock_is_waited_for(gateway: Any) -> None:
+    query = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype IN ('transactionid', 'tuple')")
+    async with asyncio.timeout(20):
+        while True:
+            async with transaction(gateway.engine) as connection:
+                if (await connection.execute(query)).scalar_one():
+                    return
+            await asyncio.sleep(0.02)
+
+
+async def test_sign_ins_with_keys_are_counted_and_requests_with_them_are_not(start_gateway: Any, refused: Any) -> None:
+    gateway = await start_gateway(sign_ins_max=3)
+    made = await create_key(gateway, await person(gateway))
+    for _ in range(2):  # the first was the owner's own
+        await key_sign_in(gateway, made.secret)
+    assert (await refused(key_sign_in(gateway, made.secret))).reason == Reason.ERROR_REASON_LIMIT_REACHED
+    await gateway.deps.api_keys.check(made.secret, client_address="127.0.0.1")
 
 
 async def test_revoking_ends_a_key_for_good(gateway: Any, refused: Any) -> None:
@@ -276,7 +333,7 @@ async def test_a_changed_plan_is_in_the_next_token_which_works_at_once(gateway: 
     assert (await get_me(gateway, token)).user.plan == identity_pb2.PLAN_PRO
 
 
-async def test_guessing_is_slow(start_gateway: Any, refused: Any) -> None:
+async def test_guessing_is_slow_and_stops_no_right_key(start_gateway: Any, refused: Any) -> None:
     gateway = await start_gateway(sign_in_client_failures_max=3)
     owner = await person(gateway)
     made = await create_key(gateway, owner)
@@ -284,11 +341,11 @@ async def test_guessing_is_slow(start_gateway: Any, refused: Any) -> None:
     for _ in range(3):
         error = await refused(key_sign_in(gateway, "gmk_guess", guesser))
         assert error.reason == Reason.ERROR_REASON_API_KEY_INVALID
-    for secret in ("gmk_guess", made.secret):  # who guesses is not told that a guess was right
+    for secret in ("gmk_guess", made.secret[:-1] + ("a" if made.secret[-1] != "a" else "b")):
         error = await refused(key_sign_in(gateway, secret, guesser))
         assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
         assert error.retry_after_s is not None
-    await key_sign_in(gateway, made.secret, [("x-client-address", "203.0.113.8")])
+    await key_sign_in(gateway, made.secret, guesser)
 
 
 # --- ceilings

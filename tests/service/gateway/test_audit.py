@@ -2,7 +2,8 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest_asyncio
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from gateway import app
+from gateway import app, audit
 from genmesh.identity.v1 import identity_pb2 as pb
 from genmesh.identity.v1 import identity_pb2_grpc
+from servicekit import paging
 from servicekit.client import mesh_channel
 from servicekit.database import migrate, transaction
 from servicekit.errors import Reason
@@ -34,7 +36,17 @@ from tests.service.gateway.callers import (
 )
 
 IDENTITY = "genmesh.identity.v1.IdentityService"
-UPDATE_USER = "genmesh.identity.v1.IdentityAdminService/UpdateUser"
+ADMIN = "genmesh.identity.v1.IdentityAdminService"
+UPDATE_USER = f"{ADMIN}/UpdateUser"
+REQUEUE = "genmesh.jobs.v1.JobsAdminService/RequeueDeadLetter"
+SERVED = {
+    "jobs_service": REQUEUE,
+    "credit_service": "genmesh.credits.v1.LedgerAdminService/GrantCredits",
+    "inference_service": "genmesh.inference.v1.InferenceService/Generate",
+}
+"""A method of each service that reports acts."""
+
+Reporting = Callable[[str], AbstractAsyncContextManager[Any]]
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -42,11 +54,23 @@ async def boss(gateway: Any) -> Person:
     return await admin(gateway)
 
 
+@pytest.fixture(scope="module")
+def reporting(gateway: Any) -> Reporting:
+    """AuditService, as a service calls it."""
+
+    @asynccontextmanager
+    async def calling(caller: str) -> AsyncGenerator[Any]:
+        async with mesh_channel(gateway.settings, f"127.0.0.1:{gateway.port}", caller=caller, service="gateway") as channel:
+            yield identity_pb2_grpc.AuditServiceStub(channel)
+
+    return calling
+
+
 @pytest_asyncio.fixture(scope="module")
-async def trail(gateway: Any) -> AsyncIterator[Any]:
+async def trail(reporting: Reporting) -> AsyncIterator[Any]:
     """AuditService, as jobs_service calls it."""
-    async with mesh_channel(gateway.settings, f"127.0.0.1:{gateway.port}", caller="jobs_service", service="gateway") as channel:
-        yield identity_pb2_grpc.AuditServiceStub(channel)
+    async with reporting("jobs_service") as stub:
+        yield stub
 
 
 async def entries(gateway: Any, boss: Person, **selection: Any) -> list[pb.AuditEntry]:
@@ -63,6 +87,7 @@ async def entries(gateway: Any, boss: Person, **selection: Any) -> list[pb.Audit
 
 
 def begin(trail: Any, **values: Any) -> Any:
+    values.setdefault("method", REQUEUE)
     return trail.BeginAuditEntry(pb.BeginAuditEntryRequest(entry=pb.AuditEntry(**values)))
 
 
@@ -138,7 +163,7 @@ async def test_a_service_begins_and_finishes_an_entry(gateway: Any, boss: Person
         "audit_entry_id": fresh_id(),
         "actor_user_id": fresh_id(),
         "actor_api_key_id": fresh_id(),
-        "method": "genmesh.jobs.v1.JobsAdminService/Requeue",
+        "method": REQUEUE,
         "subject": fresh_id(),
         "client_address": "203.0.113.4",
         "request_id": "r-1",
@@ -166,11 +191,17 @@ async def test_an_entry_can_come_with_its_outcome(gateway: Any, boss: Person, tr
 async def test_what_cannot_be_stored_is_cut_and_not_refused(gateway: Any, boss: Person, trail: Any) -> None:
     subject = fresh_id()
     details = {f"{number:03}": "x" * 5000 for number in range(100)} | {"00\0": "\0"}
-    await begin(trail, audit_entry_id=fresh_id(), subject=subject + "\0", method="m" * 5000, request_id="r" * 5000, details=details)
-    [entry] = await entries(gateway, boss, subject=subject)
-    assert len(entry.method) == 256
-    assert len(entry.request_id) == 128
-    assert len(entry.details) == 32
+    many = "x" * 5000
+    entry_id = fresh_id()
+    long = {"actor_service": many, "client_address": many, "request_id": many}
+    await begin(trail, audit_entry_id=entry_id, subject=subject + "\0" + many, method=REQUEUE + many, details=details, **long)
+    await finish(trail, entry_id, details={number * 100: many for number in "abcdefghi"} | {many: ""})
+    [entry] = [one for one in await entries(gateway, boss, method=(REQUEUE + many)[:256]) if one.audit_entry_id == entry_id]
+    lengths = [len(text) for text in (entry.method, entry.subject, entry.request_id, entry.client_address, entry.actor_service)]
+    assert lengths == [256, 256, 128, 64, 64]
+    assert entry.subject.startswith(subject + "x")
+    assert len(entry.details) == 32 + 10
+    assert {len(name) for name in entry.details} == {2, 3, 64}
     assert {len(value) for value in entry.details.values()} == {0, 512}
 
 
@@ -179,6 +210,60 @@ async def test_what_is_no_entry(trail: Any, refused: Any) -> None:
     assert (await refused(begin(trail, audit_entry_id=fresh_id(), actor_user_id="x"))).code is grpc.StatusCode.INVALID_ARGUMENT
     assert (await refused(finish(trail, "x"))).code is grpc.StatusCode.INVALID_ARGUMENT
     assert (await refused(finish(trail, fresh_id()))).code is grpc.StatusCode.NOT_FOUND
+    begun = fresh_id()
+    await begin(trail, audit_entry_id=begun)
+    for code in (-1, 17):
+        assert (await refused(finish(trail, begun, code=code))).code is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await refused(begin(trail, audit_entry_id=fresh_id(), code=code))).code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_an_act_whose_caller_hung_up_is_told_from_one_that_goes_on(gateway: Any, boss: Person, trail: Any) -> None:
+    begun, subject = fresh_id(), fresh_id()
+    await begin(trail, audit_entry_id=begun, subject=subject)
+    await finish(trail, begun, code=grpc.StatusCode.CANCELLED.value[0])
+    [entry] = await entries(gateway, boss, subject=subject)
+    assert (entry.HasField("code"), entry.code) == (True, 1)
+
+
+@pytest.mark.parametrize("caller", SERVED)
+async def test_a_service_reports_only_what_it_serves(gateway: Any, boss: Person, reporting: Reporting, refused: Any, caller: str) -> None:
+    subject = fresh_id()
+    others = [method for service, method in SERVED.items() if service != caller]
+    async with reporting(caller) as stub:
+        for method in (*others, UPDATE_USER, f"{IDENTITY}/SignIn", "", SERVED[caller].replace(".v1.", ".v1x.")):
+            error = await refused(begin(stub, audit_entry_id=fresh_id(), method=method, subject=subject, actor_user_id=boss.user.user_id))
+            assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
+        assert await entries(gateway, boss, subject=subject) == []
+        await begin(stub, audit_entry_id=fresh_id(), method=SERVED[caller], subject=subject)
+    [entry] = await entries(gateway, boss, subject=subject)
+    async with transaction(gateway.engine) as connection:
+        query = sa.text("SELECT reporter FROM audit_entries WHERE audit_entry_id = :id").bindparams(id=uuid.UUID(entry.audit_entry_id))
+        assert (await connection.execute(query)).scalar_one() == caller
+
+
+async def test_an_entry_is_ended_by_who_began_it(gateway: Any, boss: Person, trail: Any, reporting: Reporting, refused: Any) -> None:
+    begun, subject = fresh_id(), fresh_id()
+    await begin(trail, audit_entry_id=begun, subject=subject)
+    who = await person(gateway)
+    await update(gateway, boss, who.user_id, plan=pb.PLAN_PRO)
+    [own] = await entries(gateway, boss, subject=who.user.user_id, method=UPDATE_USER)
+    async with transaction(gateway.engine) as connection:  # an act of the gateway's own that goes on
+        going_on = uuid.uuid4()
+        copied = "audit_entry_id, actor_service, method, subject, client_address, request_id, details, reporter"
+        query = (
+            f"INSERT INTO audit_entries ({copied}) SELECT :new, {copied.partition(', ')[2]} FROM audit_entries WHERE audit_entry_id = :id"
+        )
+        await connection.execute(sa.text(query).bindparams(new=going_on, id=uuid.UUID(own.audit_entry_id)))
+    async with reporting("credit_service") as stub:
+        for theirs in (begun, str(going_on)):
+            assert (await refused(finish(stub, theirs, code=0))).code is grpc.StatusCode.NOT_FOUND
+            # Nor by beginning it once more, with an outcome; who finds their id taken must not act unrecorded.
+            forged = begin(stub, audit_entry_id=theirs, method=SERVED["credit_service"], code=0)
+            assert (await refused(forged)).code is grpc.StatusCode.PERMISSION_DENIED
+    assert [entry.HasField("code") for entry in await entries(gateway, boss, subject=subject)] == [False]
+    assert [entry.HasField("code") for entry in await entries(gateway, boss, subject=who.user.user_id, method=UPDATE_USER)] == [False, True]
+    await finish(trail, begun, code=9)
+    assert [entry.code for entry in await entries(gateway, boss, subject=subject)] == [9]
 
 
 @pytest.mark.parametrize("caller", ["envoy", "gateway"])
@@ -195,7 +280,7 @@ async def test_only_services_write(gateway: Any, boss: Person, refused: Any, cal
 
 
 async def test_entries_are_selected_and_paged(gateway: Any, boss: Person, trail: Any, refused: Any) -> None:
-    actor, subject, method = fresh_id(), fresh_id(), f"test/{fresh_id()}"
+    actor, subject, method = fresh_id(), fresh_id(), f"genmesh.jobs.v1.Test/{fresh_id()}"
     made: list[str] = []
     for number in range(7):
         made.append(fresh_id())
@@ -220,6 +305,51 @@ async def test_entries_are_selected_and_paged(gateway: Any, boss: Person, trail:
 async def test_selections_that_make_no_sense(gateway: Any, boss: Person, refused: Any, selection: dict[str, Any]) -> None:
     error = await refused(gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(**selection), metadata=boss.metadata))
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        b"x",
+        bytes(23),
+        bytes(25),
+        (2**63 - 1).to_bytes(8, "big") + bytes(16),
+        (-(2**63)).to_bytes(8, "big", signed=True) + bytes(16),
+    ],
+)
+async def test_forged_page_tokens(gateway: Any, boss: Person, refused: Any, position: bytes) -> None:
+    token = paging.encode_token(position, audit.PAGES_OF + repr(audit.AuditFilter()).encode())
+    error = await refused(gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(page_token=token), metadata=boss.metadata))
+    assert (error.code, error.message.partition(":")[0]) == (grpc.StatusCode.INVALID_ARGUMENT, "page_token")
+
+
+@pytest.mark.parametrize("moment", [datetime.min, datetime.max])
+async def test_forged_page_tokens_at_the_ends_of_time(gateway: Any, boss: Person, moment: datetime) -> None:
+    microseconds = (moment.replace(tzinfo=UTC) - datetime.fromtimestamp(0, UTC)) // timedelta(microseconds=1)
+    position = microseconds.to_bytes(8, "big", signed=True) + bytes(16)
+    token = paging.encode_token(position, audit.PAGES_OF + repr(audit.AuditFilter()).encode())
+    page = await gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(page_token=token, page_size=1), metadata=boss.metadata)
+    assert len(page.audit_entries) == (moment == datetime.max)
+
+
+async def test_who_was_looked_up_is_written_down(gateway: Any, boss: Person) -> None:
+    email, method = fresh_email(), f"{ADMIN}/ListUsers"
+    await gateway.admin.ListUsers(pb.ListUsersRequest(email=email), metadata=boss.metadata)
+    await gateway.admin.ListUsers(pb.ListUsersRequest(), metadata=boss.metadata)
+    all_of_them, one = (await entries(gateway, boss, method=method, actor_user_id=boss.user.user_id))[:2]
+    assert (dict(one.details), dict(all_of_them.details)) == ({"email": email}, {})
+
+
+async def test_what_was_looked_for_in_the_trail_is_written_down(gateway: Any, boss: Person) -> None:
+    selection: dict[str, Any] = {"actor_user_id": fresh_id(), "subject": fresh_id(), "method": f"{ADMIN}/ListAuditEntries"}
+    times: dict[str, Any] = {"start_time": datetime(2026, 1, 1, tzinfo=UTC), "end_time": datetime(2026, 1, 2, tzinfo=UTC)}
+    await gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(**selection, **times), metadata=boss.metadata)
+    await gateway.admin.ListAuditEntries(pb.ListAuditEntriesRequest(), metadata=boss.metadata)
+    shown = pb.ListAuditEntriesRequest(method=selection["method"], actor_user_id=boss.user.user_id, page_size=3)
+    _, bare, entry = (await gateway.admin.ListAuditEntries(shown, metadata=boss.metadata)).audit_entries
+    assert dict(entry.details) == {f"filter_{name}": str(value) for name, value in (selection | times).items()}
+    assert dict(bare.details) == {}
+    assert entry.subject == ""
 
 
 async def test_only_administrators_list(gateway: Any, boss: Person, refused: Any) -> None:

@@ -127,20 +127,22 @@ async def test_a_changed_account_gets_a_new_token_at_once(gateway: Any, check: A
     assert refusal_in(await check(request)) == INVALID
 
 
-async def test_an_address_that_guesses_is_stopped_but_for_keys_that_were_right(start_gateway: Any) -> None:
+async def test_an_address_that_guesses_is_stopped_but_for_right_keys(start_gateway: Any) -> None:
     gateway = await start_gateway(sign_in_client_failures_max=3)
     owner = await person(gateway)
-    known, unknown = await create_key(gateway, owner), await create_key(gateway, owner)
+    known, unknown, revoked = [await create_key(gateway, owner) for _ in range(3)]
+    await revoke_key(gateway, owner, revoked.api_key.api_key_id)
     async with mesh_channel(gateway.settings, f"127.0.0.1:{gateway.port}", caller="envoy", service="gateway") as channel:
         check: Any = external_auth_pb2_grpc.AuthorizationStub(channel).Check
         token = token_in(await check(question(x_api_key=known.secret)))
         for _ in range(3):
             assert refusal_in(await check(question(x_api_key="gmk_guess"))) == INVALID
-        for secret in ("gmk_guess", unknown.secret):
+        for secret in ("gmk_guess", unknown.secret[:-1] + "!", revoked.secret):
             status, code, _ = refusal_in(await check(question(x_api_key=secret)))
             assert (status, code) == (429, 8)
         assert token_in(await check(question(x_api_key=known.secret))) == token
-        token_in(await check(question("203.0.113.2", x_api_key=unknown.secret)))
+        token_in(await check(question(x_api_key=unknown.secret)))
+        assert refusal_in(await check(question("203.0.113.2", x_api_key="gmk_guess"))) == INVALID
         # Behind a load balancer the address is the one that Envoy trusts.
         assert refusal_in(await check(question("203.0.113.2", x_api_key="gmk_guess", x_client_address="203.0.113.1")))[0] == 429
 

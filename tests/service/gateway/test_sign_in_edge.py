@@ -70,7 +70,7 @@ async def edge(start_gateway: Any, issuer: Issuer, certificates: Path, tmp_path_
         firebase_project_id=PROJECT_ID,
         firebase_issuer=issuer.url,
     )
-    places = {"gateway_addresses": (f"127.0.0.1:{gateway.port}",), "jwks_address": urlsplit(gateway.jwks_url).netloc}
+    places: dict[str, Any] = {"gateway_addresses": (f"127.0.0.1:{gateway.port}",), "jwks_address": urlsplit(gateway.jwks_url).netloc}
     directory = tmp_path_factory.mktemp("envoy")
     async with canned_mesh.canned_mesh(certificates) as mesh, mesh.edge(directory, **places) as running:
         yield Edge(None, running.channel, running.http)  # pyright: ignore[reportArgumentType]  # of no stack

@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Generator
+from datetime import timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -20,7 +21,7 @@ import sqlalchemy as sa
 import structlog
 
 from gateway import oidc
-from gateway.tables import audit_entries, audit_outcomes, identities, passwords, users
+from gateway.tables import audit_entries, audit_outcomes, identities, passwords, sessions, users
 from genmesh.identity.v1 import identity_pb2
 from servicekit.database import transaction
 from servicekit.errors import Reason
@@ -420,6 +421,23 @@ async def test_linking(google: Any, issuer: Issuer, refused: Any) -> None:
     assert entries[0].more["external_subject"] == claims["sub"]
 
 
+async def test_only_a_young_session_links(google: Any, issuer: Issuer, refused: Any) -> None:
+    session = await with_password(google, email := fresh_email())
+    async with transaction(google.engine) as connection:
+        aged = sa.func.now() - timedelta(seconds=google.settings.recent_sign_in_s + 1)
+        await connection.execute(sessions.update().where(sessions.c.user_id == uuid.UUID(session.user.user_id)).values(create_time=aged))
+    # However young the token is.
+    session = await google.users.RefreshSession(identity_pb2.RefreshSessionRequest(refresh_token=session.refresh_token))
+    claims = issuer.claims(email=fresh_email())
+    error = await refused(link(google, session.access_token, issuer.sign(claims)))
+    assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
+    assert "sign in again" in error.message
+    assert await count(google, identities.select().where(identities.c.subject == claims["sub"])) == 0
+    credential = identity_pb2.PasswordCredential(email=email, password=PASSWORD)
+    again = await google.users.SignIn(identity_pb2.SignInRequest(password=credential))
+    await link(google, again.access_token, issuer.sign(claims))
+
+
 async def test_of_many_who_link_one_identity_one_gets_it(google: Any, issuer: Issuer) -> None:
     sessions = [await with_password(google, fresh_email()) for _ in range(4)]
     claims = issuer.claims()
@@ -442,15 +460,54 @@ async def test_the_tokens_are_the_gateways_own(google: Any, issuer: Issuer) -> N
 # --- failures are counted
 
 
-async def test_who_sends_forged_tokens_has_to_wait(start_gateway: Any, issuer: Issuer, refused: Any) -> None:
+def attempt(gateway: Any, address: str = "192.0.2.1", **proof: Any) -> Any:
+    return gateway.users.SignIn(identity_pb2.SignInRequest(**proof), metadata=[("x-client-address", address)])
+
+
+LIMITED = (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
+
+
+async def test_forged_tokens_are_counted_and_stop_no_right_one(start_gateway: Any, issuer: Issuer, refused: Any) -> None:
     gateway = await start_gateway(**google_settings(issuer.url), sign_in_client_failures_max=3)
-
-    def attempt(token: str, address: str) -> Any:
-        return gateway.users.SignIn(identity_pb2.SignInRequest(google_id_token=token), metadata=[("x-client-address", address)])
-
     for _ in range(3):
-        assert (await refused(attempt("x", "192.0.2.1"))).reason == Reason.ERROR_REASON_ID_TOKEN_INVALID
-    error = await refused(attempt(issuer.sign(issuer.claims()), "192.0.2.1"))
-    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
+        assert (await refused(attempt(gateway, google_id_token="x"))).reason == Reason.ERROR_REASON_ID_TOKEN_INVALID
+    error = await refused(attempt(gateway, google_id_token="x"))
+    assert (error.code, error.reason) == LIMITED
     assert error.retry_after_s is not None
-    await attempt(issuer.sign(issuer.claims()), "192.0.2.2")
+    await attempt(gateway, google_id_token=issuer.sign(issuer.claims()))
+    # A code costs a call to the provider, whether it is right or not.
+    asked = issuer.asked.count("/token")
+    error = await refused(attempt(gateway, google_code=code_for(issuer)))
+    assert (error.code, error.reason) == LIMITED
+    assert issuer.asked.count("/token") == asked
+    await attempt(gateway, "192.0.2.2", google_code=code_for(issuer))
+
+
+async def test_whatever_refuses_a_proof_is_counted(start_gateway: Any, issuer: Issuer, refused: Any) -> None:
+    """None of it could otherwise be had without end, by who has a token that is good, or needs none."""
+    not_offered = await start_gateway(sign_in_client_failures_max=2)
+    for _ in range(2):
+        assert (await refused(attempt(not_offered, firebase_id_token="x"))).reason == Reason.ERROR_REASON_NOT_OFFERED
+    assert (await refused(attempt(not_offered, firebase_id_token="x"))).reason == Reason.ERROR_REASON_LIMIT_REACHED
+    gateway = await start_gateway(**google_settings(issuer.url), sign_in_client_failures_max=2)
+    claims = issuer.claims()
+    await with_password(gateway, claims["email"])
+    for _ in range(2):
+        assert (await refused(attempt(gateway, google_id_token=issuer.sign(claims)))).reason == Reason.ERROR_REASON_EMAIL_TAKEN
+    assert (await refused(attempt(gateway, google_id_token=issuer.sign(claims)))).reason == Reason.ERROR_REASON_LIMIT_REACHED
+    with running_issuer() as gone:
+        away = await start_gateway(**google_settings(gone.url), sign_in_client_failures_max=2)
+        token = gone.sign(gone.claims())
+    for _ in range(2):
+        assert (await refused(attempt(away, google_id_token=token))).code is grpc.StatusCode.UNAVAILABLE
+    assert (await refused(attempt(away, google_id_token=token))).reason == Reason.ERROR_REASON_LIMIT_REACHED
+
+
+async def test_sign_ins_with_one_identity_are_counted(start_gateway: Any, issuer: Issuer, refused: Any) -> None:
+    gateway = await start_gateway(**google_settings(issuer.url), sign_ins_max=2)
+    token = issuer.sign(issuer.claims())
+    for _ in range(2):
+        await attempt(gateway, google_id_token=token)
+    error = await refused(attempt(gateway, google_id_token=token))
+    assert (error.code, error.reason) == LIMITED
+    await attempt(gateway, google_id_token=issuer.sign(issuer.claims()))

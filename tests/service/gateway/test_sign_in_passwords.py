@@ -14,7 +14,7 @@ import sqlalchemy as sa
 import structlog
 from redis import asyncio as redis
 
-from gateway.tables import audit_entries, audit_outcomes
+from gateway.tables import audit_entries, audit_outcomes, users
 from gateway.throttle import WAITING_MAX
 from genmesh.identity.v1 import identity_pb2
 from servicekit.database import transaction
@@ -50,6 +50,17 @@ def kind(error: MeshError) -> tuple[grpc.StatusCode, int]:
     return error.code, error.reason
 
 
+async def entries_about(gateway: Any, user_id: str) -> list[Any]:
+    """What the audit trail says of sign-ins to an account."""
+    async with transaction(gateway.engine) as connection:
+        query = (
+            sa.select(audit_entries, audit_outcomes.c.reason)
+            .join(audit_outcomes, audit_outcomes.c.audit_entry_id == audit_entries.c.audit_entry_id)
+            .where(audit_entries.c.subject == user_id, audit_entries.c.method.endswith("/SignIn"))
+        )
+        return list(await connection.execute(query))
+
+
 # --- guessing
 
 
@@ -70,7 +81,7 @@ async def test_who_guesses_one_accounts_password_has_to_wait_also_with_the_right
     await sign_in(gateway, other, PASSWORD)
 
 
-async def test_what_succeeds_is_not_counted(gateway: Any, refused: Any) -> None:
+async def test_what_succeeds_is_not_counted_as_a_failure(gateway: Any, refused: Any) -> None:
     email = fresh_email()
     await register(gateway, email)
     for _ in range(4):
@@ -130,6 +141,47 @@ async def test_who_guesses_at_many_accounts_has_to_wait(start_gateway: Any, refu
         assert kind(await refused(sign_in(gateway, fresh_email(), WRONG))) == BAD
     assert kind(await refused(sign_in(gateway, fresh_email(), WRONG))) == LIMITED
     assert kind(await refused(sign_in(gateway, fresh_email(), WRONG, OFFICE))) == BAD
+
+
+async def test_who_guesses_does_not_lock_out_those_who_are_known_at_the_same_address(start_gateway: Any, refused: Any) -> None:
+    gateway = await start_gateway(sign_in_client_failures_max=3)
+    email, new = fresh_email(), fresh_email()
+    await register(gateway, email)
+    await register(gateway, new)
+    await sign_in(gateway, email, PASSWORD)
+    for _ in range(3):
+        assert kind(await refused(sign_in(gateway, fresh_email(), WRONG))) == BAD
+    await sign_in(gateway, email, PASSWORD)
+    assert kind(await refused(sign_in(gateway, new, PASSWORD))) == LIMITED
+    # Of one account nobody has more guesses for that.
+    for _ in range(5):
+        assert kind(await refused(sign_in(gateway, email, WRONG))) == BAD
+    assert kind(await refused(sign_in(gateway, email, PASSWORD))) == LIMITED
+
+
+async def test_right_passwords_are_counted_by_account_and_client(start_gateway: Any, refused: Any) -> None:
+    gateway = await start_gateway(sign_ins_max=3)
+    email, neighbour = fresh_email(), fresh_email()
+    await register(gateway, email)
+    await register(gateway, neighbour)
+    user = (await sign_in(gateway, email, PASSWORD)).user
+    for _ in range(2):
+        await sign_in(gateway, email, PASSWORD)
+    assert kind(await refused(sign_in(gateway, email, PASSWORD))) == LIMITED
+    await sign_in(gateway, neighbour, PASSWORD)
+    await sign_in(gateway, email, PASSWORD, OFFICE)
+    assert len(await entries_about(gateway, user.user_id)) == 4
+
+
+async def test_refusals_of_right_passwords_count_too(start_gateway: Any, refused: Any) -> None:
+    gateway = await start_gateway(sign_in_client_failures_max=3)
+    email = fresh_email()
+    user = (await register(gateway, email)).user
+    async with transaction(gateway.engine) as connection:
+        await connection.execute(users.update().where(users.c.user_id == uuid.UUID(user.user_id)).values(disabled_time=sa.func.now()))
+    for _ in range(3):
+        assert (await refused(sign_in(gateway, email, PASSWORD))).reason == Reason.ERROR_REASON_ACCOUNT_DISABLED
+    assert kind(await refused(sign_in(gateway, email, PASSWORD))) == LIMITED
 
 
 @pytest.mark.parametrize(
@@ -223,13 +275,7 @@ async def test_failures_are_in_the_audit_trail_without_what_was_typed(gateway: A
     await refused(sign_in(gateway, email, WRONG, OFFICE))
     for _ in range(8):  # of which only those that were not stopped
         await refused(sign_in(gateway, email, WRONG, OFFICE))
-    async with transaction(gateway.engine) as connection:
-        query = (
-            sa.select(audit_entries, audit_outcomes.c.reason)
-            .join(audit_outcomes, audit_outcomes.c.audit_entry_id == audit_entries.c.audit_entry_id)
-            .where(audit_entries.c.subject == user.user_id, audit_entries.c.method.endswith("/SignIn"))
-        )
-        entries = list(await connection.execute(query))
+    entries = await entries_about(gateway, user.user_id)
     assert len(entries) == 5
     assert {(entry.actor_user_id, entry.client_address, entry.reason) for entry in entries} == {
         (None, OFFICE, "ERROR_REASON_BAD_CREDENTIALS")

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from gateway import store
 from gateway.identity import refresh_token_hash
 from gateway.revocations import revoke
-from gateway.tables import refresh_tokens, revocations, sessions, users
+from gateway.tables import audit_entries, audit_outcomes, refresh_tokens, revocations, sessions, users
 from genmesh.identity.v1 import identity_pb2
 from servicekit.database import transaction
 from servicekit.errors import Reason
@@ -21,6 +21,7 @@ from servicekit.errors import Reason
 PASSWORD = "correct horse battery"
 COOKIE = "__Host-genmesh_refresh"
 INVALID = Reason.ERROR_REASON_REFRESH_TOKEN_INVALID
+NOTHING = (grpc.StatusCode.UNAUTHENTICATED, Reason.ERROR_REASON_TOKEN_MISSING)
 
 
 def bearer(session: Any) -> tuple[str, str]:
@@ -173,7 +174,7 @@ async def test_cookies_that_are_none(gateway: Any, refused: Any, cookie: str | N
     session = await sign_in(gateway, await register(gateway))
     call = refresh(gateway, cookie=cookie.replace("TOKEN", session.refresh_token) if cookie is not None else None)
     error = await refused(call)
-    assert (error.code, error.reason) == (grpc.StatusCode.UNAUTHENTICATED, INVALID)
+    assert (error.code, error.reason) == ((grpc.StatusCode.UNAUTHENTICATED, INVALID) if "made-up" in (cookie or "") else NOTHING)
     # What cannot be used need not be sent again.
     dropped = [value for key, value in await call.initial_metadata() if key == "set-cookie"]
     assert [header.startswith(f"{COOKIE}=; Max-Age=0;") for header in dropped] == ([True] if "made-up" in (cookie or "") else [])
@@ -188,6 +189,30 @@ async def test_an_api_key_leaves_no_cookie(gateway: Any) -> None:
     answer = await call
     assert (answer.refresh_token, answer.user) == ("", session.user)
     assert not [key for key, _ in await call.initial_metadata() if key == "set-cookie"]
+
+
+@pytest.mark.parametrize("what", ["sign-in", "refresh"])
+async def test_who_hangs_up_once_the_cookie_is_there_is_written_down(gateway: Any, what: str) -> None:
+    jar, email = Jar(), await register(gateway)
+    session = await jar.take(sign_in(gateway, email, refresh_token_cookie=True))
+    method = "SignIn" if what == "sign-in" else "RefreshSession"
+    before = await entries_of(gateway, session, method)
+    call = sign_in(gateway, email, refresh_token_cookie=True) if what == "sign-in" else refresh(gateway, cookie=jar.header)
+    assert "set-cookie" in dict(await call.initial_metadata())
+    call.cancel()
+    async with asyncio.timeout(20):
+        while True:
+            if await entries_of(gateway, session, method) > before:
+                return
+            await asyncio.sleep(0.02)
+
+
+async def entries_of(gateway: Any, session: Any, method: str) -> int:
+    """How often the audit trail says that an account did something."""
+    actor, name = uuid.UUID(session.user.user_id), f"genmesh.identity.v1.IdentityService/{method}"
+    async with transaction(gateway.engine) as connection:
+        query = sa.select(sa.func.count()).where(audit_entries.c.actor_user_id == actor, audit_entries.c.method == name)
+        return (await connection.execute(query)).scalar_one()
 
 
 # --- signing out
@@ -323,24 +348,62 @@ async def lock_is_waited_for(gateway: Any) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_asking_whether_anybody_is_signed_in_stops_nobody_who_is(start_gateway: Any, refused: Any) -> None:
-    gateway = await start_gateway(sign_in_client_failures_max=4)
-    session = await sign_in(gateway, await register(gateway))
-    for _ in range(4):
-        assert (await refused(refresh(gateway))).reason == INVALID
-    assert (await refused(refresh(gateway))).reason == Reason.ERROR_REASON_LIMIT_REACHED
-    await refresh(gateway, session.refresh_token)
+def from_(address: str) -> list[tuple[str, str]]:
+    return [("x-client-address", address)]
 
 
-async def test_refresh_failures_are_counted(start_gateway: Any, refused: Any) -> None:
+async def entries_from(gateway: Any, address: str) -> list[str]:
+    """Reasons of what the audit trail says of an address, in no order."""
+    async with transaction(gateway.engine) as connection:
+        query = (
+            sa.select(audit_outcomes.c.reason)
+            .join(audit_entries, audit_entries.c.audit_entry_id == audit_outcomes.c.audit_entry_id)
+            .where(audit_entries.c.client_address == address)
+        )
+        return list((await connection.execute(query)).scalars())
+
+
+async def test_asking_whether_anybody_is_signed_in_is_neither_counted_nor_written_down(start_gateway: Any, refused: Any) -> None:
+    gateway = await start_gateway(sign_in_client_failures_max=2)
+    for _ in range(4):
+        call = gateway.users.RefreshSession(identity_pb2.RefreshSessionRequest(), metadata=from_("203.0.113.40"))
+        error = await refused(call)
+        assert (error.code, error.reason) == NOTHING
+    assert await entries_from(gateway, "203.0.113.40") == []
+    call = gateway.users.RefreshSession(identity_pb2.RefreshSessionRequest(refresh_token="made up"), metadata=from_("203.0.113.40"))
+    assert (await refused(call)).reason == INVALID
+
+
+async def test_wrong_refresh_tokens_are_counted_and_stop_no_right_one(start_gateway: Any, refused: Any) -> None:
     gateway = await start_gateway(sign_in_client_failures_max=4)
     session = await sign_in(gateway, await register(gateway))
+
+    def attempt(token: str) -> Any:
+        return gateway.users.RefreshSession(identity_pb2.RefreshSessionRequest(refresh_token=token), metadata=from_("203.0.113.41"))
+
     for _ in range(4):
-        assert (await refused(refresh(gateway, "made up"))).reason == INVALID
-    error = await refused(refresh(gateway, session.refresh_token))
-    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
-    # It was not used up, and signing in goes on: whoever cannot refresh can do that.
+        assert (await refused(attempt("made up"))).reason == INVALID
+    for _ in range(2):
+        error = await refused(attempt("made up"))
+        assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
+    second = await attempt(session.refresh_token)
+    # That a copy ended a session is told, whatever was counted; once.
+    assert (await refused(attempt(session.refresh_token))).reason == INVALID
+    assert (await refused(attempt(session.refresh_token))).reason == Reason.ERROR_REASON_LIMIT_REACHED
+    await assert_ended(gateway, refused, second)
+    reasons = await entries_from(gateway, "203.0.113.41")
+    assert sorted(reasons) == ["", *["ERROR_REASON_REFRESH_TOKEN_INVALID"] * 5]
+
+
+async def test_refreshes_that_succeed_are_counted_by_account_and_client(start_gateway: Any, refused: Any) -> None:
+    gateway = await start_gateway(sign_ins_max=3)
+    email = await register(gateway)
+    session, other = await sign_in(gateway, email), await sign_in(gateway, await register(gateway))
+    for _ in range(2):
+        session = await refresh(gateway, session.refresh_token)
+    assert (await refused(refresh(gateway, session.refresh_token))).reason == Reason.ERROR_REASON_LIMIT_REACHED
+    # It was not used up.
     async with transaction(gateway.engine) as connection:
         query = sa.select(refresh_tokens.c.use_time).where(refresh_tokens.c.token_hash == refresh_token_hash(session.refresh_token))
         assert (await connection.execute(query)).scalar_one() is None
-    await sign_in(gateway, session.user.email)
+    await refresh(gateway, other.refresh_token)

@@ -111,7 +111,7 @@ class Place:
         self, *, media: ObjectStore | None = None, ledger: Ledger | None = None, client: "redis.Redis | None" = None
     ) -> Deletions:
         log = self._log(client or self.client)
-        queue = JobQueue(client or self.client, self.settings.redis_prefix, lease_s=1)
+        queue = JobQueue(client or self.client, self.settings.redis_prefix, lease_s=1, blocking=self.client)
         delivery = Delivery(self.engine, queue, log, ledger or self.ledger, presign)
         return Deletions(self.engine, media or self.media, log, delivery)
 

@@ -31,10 +31,11 @@ from jobs_service.store import Duty
 from jobs_service.tables import jobs as jobs_table
 from jobs_service.tables import outbox, requests, retries
 from jobs_service.watch import Hub
+from servicekit.audit import AuditEntry, Recorder
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, unavailable
 from servicekit.identity import ALGORITHM, TokenVerifier
-from servicekit.interceptors import Authentication, Errors, Interceptor, Validation
+from servicekit.interceptors import Audit, Authentication, Errors, Interceptor, Validation
 from servicekit.limits import RateLimiter
 from servicekit.objects import ObjectStore
 from tests.service.jobs.world import HOLD_TTL_S, SPEC, World, new_job, submit
@@ -243,6 +244,20 @@ async def test_a_retry_that_a_ceiling_refuses_leaves_the_job_failed(world: World
     assert (back.state, back.api_key_id, books.holds[1].api_key_id) == (State.PENDING, OTHER_KEY, str(OTHER_KEY))
 
 
+class MemoryTrail:
+    """Keeps how acts ended."""
+
+    def __init__(self) -> None:
+        self.finished: list[AuditEntry] = []
+
+    async def begin(self, entry: AuditEntry) -> None:
+        """See AuditTrail."""
+
+    async def finish(self, entry: AuditEntry) -> None:
+        """See AuditTrail."""
+        self.finished.append(entry)
+
+
 class Door:
     """The RPCs of jobs_service, called with tokens as the gateway makes them."""
 
@@ -251,6 +266,7 @@ class Door:
         jwk: dict[str, Any] = OKPAlgorithm.to_jwk(self._private.public_key(), as_dict=True)
         self._key = jwt.PyJWK.from_dict({**jwk, "kid": "key", "alg": ALGORITHM})
         self.channel: grpc.aio.Channel | None = None
+        self.trail = MemoryTrail()
 
     async def get(self, key_id: str) -> jwt.PyJWK | None:
         return self._key if key_id == "key" else None
@@ -269,7 +285,7 @@ class Door:
 @pytest_asyncio.fixture
 async def door(world: World, books: Books) -> AsyncIterator[Door]:
     door = Door()
-    layers = [Errors(), Authentication(TokenVerifier(door, issuer="i", audience="a")), Validation()]
+    layers = [Errors(), Authentication(TokenVerifier(door, issuer="i", audience="a")), Validation(), Audit(Recorder(door.trail))]
     server = grpc.aio.server(interceptors=[Interceptor(layers)])
     deletions = Deletions(world.engine, world.media, world.log, world.delivery)
     limits = world.limits()
@@ -299,6 +315,22 @@ async def test_the_key_of_the_token_is_the_key_of_the_hold(world: World, books: 
     job = await ended(world, State.FAILED, api_key_id=OTHER_KEY)
     await door.call(RETRY, jobs_pb2.RetryJobRequest(job_id=str(job.job_id)), jobs_pb2.RetryJobResponse, world.owner, **claims)
     assert [hold.api_key_id for hold in books.holds] == [str(KEY), str(KEY), "", str(KEY)]
+
+
+async def test_the_audit_trail_says_what_was_put_back(world: World, books: Books, door: Door):
+    jobs = [await ended(world, State.FAILED, api_key_id=OTHER_KEY) for _ in range(4)]
+    one = jobs_pb2.RequeueDeadLetterRequest(job_id=str(jobs[0].job_id))
+    await door.call(REQUEUE, one, jobs_pb2.RequeueDeadLetterResponse, uuid.uuid4(), ["operator"])
+    alike = jobs_pb2.RequeueDeadLetterRequest(fingerprint=LOST.fingerprint, max_count=2)
+    await door.call(REQUEUE, alike, jobs_pb2.RequeueDeadLetterResponse, uuid.uuid4(), ["operator"])
+    books.refusal = CEILING
+    await door.call(REQUEUE, alike, jobs_pb2.RequeueDeadLetterResponse, uuid.uuid4(), ["operator"])
+    asked = {"fingerprint": LOST.fingerprint, "max_count": "2"}
+    assert [(entry.subject, entry.details) for entry in door.trail.finished] == [
+        (str(jobs[0].job_id), {}),
+        ("", {**asked, "requeued_count": "2", "refused_count": "0"}),
+        ("", {**asked, "requeued_count": "0", "refused_count": "1"}),
+    ]
 
 
 async def test_an_administrators_own_key_pays_for_nobody(world: World, books: Books, door: Door):

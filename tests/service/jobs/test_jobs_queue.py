@@ -47,7 +47,7 @@ class Queues:
         self.prefix = f"t{secrets.token_hex(6)}"
 
     def queue(self, worker_id: str = "one", *, lease_s: float = LONG_S, limits: Mapping[Priority, int] = {}) -> JobQueue:
-        return JobQueue(self.client, self.prefix, lease_s=lease_s, worker_id=worker_id, owner_limits=limits)
+        return JobQueue(self.client, self.prefix, lease_s=lease_s, blocking=self.client, worker_id=worker_id, owner_limits=limits)
 
 
 @pytest_asyncio.fixture

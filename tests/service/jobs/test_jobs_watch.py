@@ -528,3 +528,37 @@ async def test_a_closed_watch_leaves_nothing_behind(world: World, hub: Hub):
         await client.next()
         assert watch.WATCHERS._value.get() == before + 1  # pyright: ignore[reportPrivateUsage]
     assert watch.WATCHERS._value.get() == before  # pyright: ignore[reportPrivateUsage]
+
+
+async def test_one_process_takes_so_many_watches_and_takes_others_when_they_end(world: World):
+    hub = Hub(world.log, watches_max=2)
+    async with running(hub.run()):
+        await within(hub.reading.wait())
+        async with watching(world, hub) as one, watching(world, hub) as two:
+            await one.next()
+            await two.next()
+            await refused_as_too_many(world, hub)
+        async with watching(world, hub) as client:
+            await client.next()
+
+
+async def test_watches_that_wait_for_redis_are_counted_too(world: World, no_redis: Any):
+    hub = Hub(world.event_log(no_redis), watches_max=1)
+    hub.reading.clear()
+    async with watching(world, hub, token=hub.token(world.owner).encode()) as client:
+        waiting = asyncio.create_task(client.next())
+        await asyncio.sleep(0)
+        await refused_as_too_many(world, hub)
+        with pytest.raises(MeshError) as raised:
+            await waiting
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+    async with hub.place():  # a refused watch leaves its place
+        pass
+
+
+async def refused_as_too_many(world: World, hub: Hub) -> None:
+    async with watching(world, hub, owner=uuid.uuid4()) as client:
+        with pytest.raises(MeshError) as raised:
+            await client.next()
+    assert (raised.value.code, raised.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
+    assert raised.value.retry_after_s == watch.FULL_RETRY_S

@@ -4,12 +4,14 @@ import asyncio
 import hashlib
 import io
 import re
+import resource
 import secrets
 import time
 import uuid
+import wave
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, BinaryIO
 
 import boto3
 import botocore.auth
@@ -31,7 +33,7 @@ from jobs_service.uploads import Announced, Uploads, UploadSweeper
 from servicekit import database
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, unavailable
-from servicekit.objects import ObjectStore
+from servicekit.objects import Downloaded, ObjectStore
 from servicekit.settings import DatabaseSettings, ObjectSettings
 from tests.service.jobs.world import eventually, within
 
@@ -358,6 +360,34 @@ async def test_the_store_is_away(place: Place, media_away: ObjectStore):
     assert (await within(place.uploads.complete(place.owner, announced.upload_id))).state is UploadState.COMPLETE
 
 
+@pytest.mark.parametrize("taken_bytes", [0, 500_000])
+async def test_a_disk_that_takes_only_a_part(place: Place, taken_bytes: int):
+    # As on a full disk, the write that reaches this limit is cut short, and only the next one fails.
+    body = io.BytesIO()
+    with wave.open(body, "wb") as file:
+        file.setparams((1, 2, 48_000, 0, "NONE", ""))
+        file.writeframes(bytes(900_000))
+    announced = await place.arrived(body.getvalue(), "audio/wav")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def soft(limit_bytes: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+
+    class Narrow(ObjectStore):
+        async def download(self, key: str, file: BinaryIO, *, size_bytes: int, timeout_s: float) -> Downloaded | None:
+            soft(taken_bytes)
+            try:
+                return await super().download(key, file, size_bytes=size_bytes, timeout_s=timeout_s)
+            finally:
+                soft(limits[0])
+
+    with Narrow(place.bucket.settings) as narrow:
+        refused = await refusal(place.server(Checker(MEDIA), media=narrow).complete(place.owner, announced.upload_id))
+
+    assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_UNAVAILABLE)
+    assert (await within(place.uploads.complete(place.owner, announced.upload_id))).state is UploadState.COMPLETE
+
+
 # --- a file that is replaced -------------------------------------------------------------------------------------------------
 
 
@@ -508,7 +538,7 @@ async def test_one_owner_does_not_take_all_places(place: Place):
     server = place.server(place.gate)
     announced = [await place.arrived() for _ in range(3)]
     checks = [asyncio.create_task(server.complete(place.owner, one.upload_id)) for one in announced]
-    await place.gate.until_begun(2)
+    await place.gate.until_begun(1)
 
     async def all_have_a_place() -> bool:
         return len(server._checks) == 3  # pyright: ignore[reportPrivateUsage]  # half of the six places there are
@@ -525,6 +555,137 @@ async def test_one_owner_does_not_take_all_places(place: Place):
     await within(asyncio.gather(*checks))
 
     assert refused.quota[0][0] == "uploads.checks"
+
+
+async def arrived_of(place: Place, owner: uuid.UUID, count: int) -> list[uuid.UUID]:
+    place.owner = owner
+    return [(await place.arrived()).upload_id for _ in range(count)]
+
+
+async def test_owners_take_turns(place: Place):
+    greedy, modest = uuid.uuid4(), uuid.uuid4()
+    of_greedy, of_modest = await arrived_of(place, greedy, 3), await arrived_of(place, modest, 1)
+    server = place.server(place.gate)
+    checks = [asyncio.create_task(server.complete(greedy, one)) for one in of_greedy]
+    await place.gate.until_begun(1)
+    checks.append(asyncio.create_task(server.complete(modest, of_modest[0])))
+    await place.gate.until_begun(2)  # though the greedy one asked for the second slot first, and still has two that wait
+    began: list[uuid.UUID] = []
+
+    async def note() -> None:
+        async with transaction(place.engine) as connection:
+            now = sa.select(tables.uploads.c.owner_id).where(
+                tables.uploads.c.check_end_time > sa.func.now(), tables.uploads.c.state == UploadState.PENDING
+            )
+            began.extend((await connection.execute(now)).scalars())
+
+    await note()
+    place.gate.open.set()
+    await within(asyncio.gather(*checks))
+
+    assert sorted(began) == sorted([greedy, modest])
+
+
+async def test_who_has_most_places_gives_one_to_who_has_none(place: Place):
+    crowd = [uuid.uuid4(), uuid.uuid4()]
+    ids = {owner: await arrived_of(place, owner, 3) for owner in crowd}
+    late = uuid.uuid4()
+    [of_late] = await arrived_of(place, late, 1)
+    server = place.server(place.gate)
+    checks = [asyncio.create_task(server.complete(owner, one)) for owner in crowd for one in ids[owner]]
+    await place.gate.until_begun(2)
+
+    async def all_have_a_place() -> bool:
+        return len(server._checks) == 6  # pyright: ignore[reportPrivateUsage]
+
+    await eventually(all_have_a_place)
+
+    async def all_wait() -> bool:
+        return sum(len(places) for places in server._turns._waiting.values()) == 4  # pyright: ignore[reportPrivateUsage]
+
+    await eventually(all_wait)
+    checks.append(asyncio.create_task(server.complete(late, of_late)))
+    await within(asyncio.wait(checks, return_when=asyncio.FIRST_COMPLETED))
+    place.gate.open.set()
+    outcomes = await within(asyncio.gather(*checks, return_exceptions=True))
+
+    [displaced] = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert isinstance(displaced, MeshError)
+    assert (displaced.reason, displaced.quota[0][0]) == (Reason.ERROR_REASON_LIMIT_REACHED, "uploads.checks")
+    assert isinstance(outcomes[-1], Upload)
+    [index] = [index for index, outcome in enumerate(outcomes) if outcome is displaced]
+    owner, upload_id = crowd[index // 3], ids[crowd[index // 3]][index % 3]
+    assert (await within(server.complete(owner, upload_id))).state is UploadState.COMPLETE
+
+
+async def test_a_turn_that_is_given_up_goes_to_the_next(place: Place):
+    server = place.server(place.gate)
+    turns = server._turns  # pyright: ignore[reportPrivateUsage]
+    first, second = uuid.uuid4(), uuid.uuid4()
+    entered: list[uuid.UUID] = []
+
+    async def take(owner: uuid.UUID, until: asyncio.Event) -> None:
+        async with turns.turn(owner):
+            entered.append(owner)
+            await until.wait()
+
+    end = asyncio.Event()
+    running = [asyncio.create_task(take(uuid.uuid4(), end)) for _ in range(LIMITS.checks_at_once)]
+    await asyncio.sleep(0)
+    waiting, given_up, admitted = (asyncio.create_task(take(owner, end)) for owner in (first, first, second))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.sleep(0)
+    end.set()
+    await asyncio.sleep(0)  # those that run leave: `waiting` and `admitted` have a slot each and do not know
+    waiting.cancel()
+    last = asyncio.create_task(take(first, end))
+    await within(asyncio.gather(*running, waiting, given_up, admitted, last, return_exceptions=True))
+
+    assert (waiting.cancelled(), given_up.cancelled()) == (True, True)
+    assert entered[LIMITS.checks_at_once :] == [second, first]
+    assert (turns._free, turns._running, turns._waiting) == (LIMITS.checks_at_once, set(), {})  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("costly", ["refused", "slow", "hangs"])
+async def test_costly_checks_of_an_owner_are_limited(place: Place, monkeypatch: pytest.MonkeyPatch, costly: str):
+    monkeypatch.setattr(module, "COSTLY_CHECKS_MAX", 2)
+    place.gate.open.set()
+    server = place.server(place.gate)
+
+    async def hang() -> None:
+        raise unavailable("too slow")
+
+    if costly == "refused":
+        place.gate.answer = Verdict(refusal=Refusal.BROKEN)
+    else:
+        monkeypatch.setattr(module, "HEAVY_CHECK_S", -1.0)
+        place.gate.meanwhile = hang if costly == "hangs" else None
+    owner = place.owner
+    first, second = await arrived_of(place, owner, 2)
+    for upload_id in (first, second):
+        await within(asyncio.gather(server.complete(owner, upload_id), return_exceptions=True))
+    [one_more] = await arrived_of(place, owner, 1) if costly != "hangs" else [second]
+    begun = place.gate.begun
+
+    refused = await refusal(server.complete(owner, one_more))
+
+    assert (refused.reason, refused.quota[0][0]) == (Reason.ERROR_REASON_LIMIT_REACHED, "uploads.costly_checks")
+    assert refused.retry_after_s is not None
+    assert module.HOUR_S - 60 < refused.retry_after_s <= module.HOUR_S
+    assert place.gate.begun == begun == 2
+    place.gate.answer = place.gate.meanwhile = None
+    [of_another] = await arrived_of(place, uuid.uuid4(), 1)
+    await within(server.complete(place.owner, of_another))  # others are not concerned
+    monkeypatch.setattr(module, "HOUR_S", 0.0)
+    assert (await within(server.complete(owner, one_more))).state is UploadState.COMPLETE
+
+
+async def test_checks_that_cost_little_are_not_counted(place: Place, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "COSTLY_CHECKS_MAX", 1)
+    for _ in range(2):
+        announced = await place.arrived()
+        assert (await within(place.uploads.complete(place.owner, announced.upload_id))).state is UploadState.COMPLETE
 
 
 # --- whoever dies --------------------------------------------------------------------------------------------------------------

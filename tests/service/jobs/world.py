@@ -242,10 +242,17 @@ class World:
 
     def worker_queue(self, worker_id: str, *, lease_s: float | None = None) -> JobQueue:
         limits = self.settings.owner_limits
-        return JobQueue(self.client, self.prefix, lease_s=lease_s or self.lease_s, worker_id=worker_id, owner_limits=limits)
+        return JobQueue(
+            self.client,
+            self.prefix,
+            lease_s=lease_s or self.lease_s,
+            blocking=self.client,
+            worker_id=worker_id,
+            owner_limits=limits,
+        )
 
     def delivery_over(self, client: "redis.Redis", ledger: Ledger | None = None) -> Delivery:
-        queue = JobQueue(client, self.prefix, lease_s=self.lease_s, owner_limits=self.settings.owner_limits)
+        queue = JobQueue(client, self.prefix, lease_s=self.lease_s, blocking=client, owner_limits=self.settings.owner_limits)
         return Delivery(self.engine, queue, self.event_log(client), ledger or self.ledger, presign)
 
     def limits(self, *, client: "redis.Redis | None" = None, rates: RateLimiter | None = None, **changes: int) -> Limits:

@@ -222,7 +222,8 @@ class SignInRequest(_message.Message):
     """API key. Gives an access token with the key's scopes and no refresh token: present the key again."""
     refresh_token_cookie: _builtins.bool
     """For browsers: keep the refresh token in a cookie (HttpOnly, Secure, SameSite=Strict) that no script can read.
-    `refresh_token` of the answer is empty then; RefreshSession and SignOut find the cookie by themselves.
+    `refresh_token` of the answer is empty then; RefreshSession finds the cookie by itself, and so does SignOut, which needs
+    an access token too. Over plain HTTP a browser drops the cookie.
     """
     @_builtins.property
     def password(self) -> Global___PasswordCredential:

@@ -120,7 +120,7 @@ class IdentityServiceServicer:
     def RefreshSession(self, request, context):
         """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
         time ends the whole session (somebody else may have it).
-        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID; TOKEN_MISSING without a token), RESOURCE_EXHAUSTED (LIMIT_REACHED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,8 +142,10 @@ class IdentityServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LinkIdentity(self, request, context):
-        """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
-        Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+        """LinkIdentity lets the caller, who has to have signed in in the last minutes (GENMESH_RECENT_SIGN_IN_S), sign in with an
+        account of another identity provider from now on.
+        Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (sign in again), ALREADY_EXISTS (IDENTITY_TAKEN),
+        UNIMPLEMENTED (NOT_OFFERED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -551,7 +553,8 @@ class IdentityAdminServiceServicer:
     def UpdateUser(self, request, context):
         """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
         ones say what is true now. Disabling ends every session and refuses every key of the account.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
+        Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer), UNAVAILABLE (the account
+        was changed too often in the last seconds).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

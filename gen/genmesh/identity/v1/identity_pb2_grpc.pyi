@@ -49,7 +49,7 @@ class IdentityServiceStub:
     RefreshSession: _grpc.UnaryUnaryMultiCallable[_identity_pb2.RefreshSessionRequest, _identity_pb2.RefreshSessionResponse]
     """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
     time ends the whole session (somebody else may have it).
-    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID; TOKEN_MISSING without a token), RESOURCE_EXHAUSTED (LIMIT_REACHED).
     """
     SignOut: _grpc.UnaryUnaryMultiCallable[_identity_pb2.SignOutRequest, _identity_pb2.SignOutResponse]
     """SignOut ends a session: that of a refresh token, or else the one that the access token belongs to. Its access tokens
@@ -58,8 +58,10 @@ class IdentityServiceStub:
     GetMe: _grpc.UnaryUnaryMultiCallable[_identity_pb2.GetMeRequest, _identity_pb2.GetMeResponse]
     """GetMe answers with the caller's account."""
     LinkIdentity: _grpc.UnaryUnaryMultiCallable[_identity_pb2.LinkIdentityRequest, _identity_pb2.LinkIdentityResponse]
-    """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
-    Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+    """LinkIdentity lets the caller, who has to have signed in in the last minutes (GENMESH_RECENT_SIGN_IN_S), sign in with an
+    account of another identity provider from now on.
+    Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (sign in again), ALREADY_EXISTS (IDENTITY_TAKEN),
+    UNIMPLEMENTED (NOT_OFFERED).
     """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_identity_pb2.CreateApiKeyRequest, _identity_pb2.CreateApiKeyResponse]
     """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
@@ -95,7 +97,7 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     RefreshSession: _aio.UnaryUnaryMultiCallable[_identity_pb2.RefreshSessionRequest, _identity_pb2.RefreshSessionResponse]  # type: ignore[assignment]
     """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
     time ends the whole session (somebody else may have it).
-    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+    Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID; TOKEN_MISSING without a token), RESOURCE_EXHAUSTED (LIMIT_REACHED).
     """
     SignOut: _aio.UnaryUnaryMultiCallable[_identity_pb2.SignOutRequest, _identity_pb2.SignOutResponse]  # type: ignore[assignment]
     """SignOut ends a session: that of a refresh token, or else the one that the access token belongs to. Its access tokens
@@ -104,8 +106,10 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     GetMe: _aio.UnaryUnaryMultiCallable[_identity_pb2.GetMeRequest, _identity_pb2.GetMeResponse]  # type: ignore[assignment]
     """GetMe answers with the caller's account."""
     LinkIdentity: _aio.UnaryUnaryMultiCallable[_identity_pb2.LinkIdentityRequest, _identity_pb2.LinkIdentityResponse]  # type: ignore[assignment]
-    """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
-    Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+    """LinkIdentity lets the caller, who has to have signed in in the last minutes (GENMESH_RECENT_SIGN_IN_S), sign in with an
+    account of another identity provider from now on.
+    Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (sign in again), ALREADY_EXISTS (IDENTITY_TAKEN),
+    UNIMPLEMENTED (NOT_OFFERED).
     """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_identity_pb2.CreateApiKeyRequest, _identity_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
@@ -162,7 +166,7 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_identity_pb2.RefreshSessionResponse, _abc.Awaitable[_identity_pb2.RefreshSessionResponse]]:
         """RefreshSession changes a refresh token for a new pair of tokens. A refresh token works once: using it a second
         time ends the whole session (somebody else may have it).
-        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID), RESOURCE_EXHAUSTED (LIMIT_REACHED).
+        Errors: UNAUTHENTICATED (REFRESH_TOKEN_INVALID; TOKEN_MISSING without a token), RESOURCE_EXHAUSTED (LIMIT_REACHED).
         """
 
     @_abc_1.abstractmethod
@@ -189,8 +193,10 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _identity_pb2.LinkIdentityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_identity_pb2.LinkIdentityResponse, _abc.Awaitable[_identity_pb2.LinkIdentityResponse]]:
-        """LinkIdentity lets the caller sign in with an account of another identity provider from now on.
-        Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED).
+        """LinkIdentity lets the caller, who has to have signed in in the last minutes (GENMESH_RECENT_SIGN_IN_S), sign in with an
+        account of another identity provider from now on.
+        Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (sign in again), ALREADY_EXISTS (IDENTITY_TAKEN),
+        UNIMPLEMENTED (NOT_OFFERED).
         """
 
     @_abc_1.abstractmethod
@@ -237,7 +243,8 @@ class IdentityAdminServiceStub:
     UpdateUser: _grpc.UnaryUnaryMultiCallable[_identity_pb2.UpdateUserRequest, _identity_pb2.UpdateUserResponse]
     """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
     ones say what is true now. Disabling ends every session and refuses every key of the account.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
+    Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer), UNAVAILABLE (the account
+    was changed too often in the last seconds).
     """
     ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListAuditEntriesRequest, _identity_pb2.ListAuditEntriesResponse]
     """ListAuditEntries lists acts that matter for security, newest first: who did what to whom, from where."""
@@ -252,7 +259,8 @@ class IdentityAdminServiceAsyncStub(IdentityAdminServiceStub):
     UpdateUser: _aio.UnaryUnaryMultiCallable[_identity_pb2.UpdateUserRequest, _identity_pb2.UpdateUserResponse]  # type: ignore[assignment]
     """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
     ones say what is true now. Disabling ends every session and refuses every key of the account.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
+    Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer), UNAVAILABLE (the account
+    was changed too often in the last seconds).
     """
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListAuditEntriesRequest, _identity_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
     """ListAuditEntries lists acts that matter for security, newest first: who did what to whom, from where."""
@@ -276,7 +284,8 @@ class IdentityAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_identity_pb2.UpdateUserResponse, _abc.Awaitable[_identity_pb2.UpdateUserResponse]]:
         """UpdateUser changes what is set in the request. The user's access tokens stop working within 60 seconds; refreshed
         ones say what is true now. Disabling ends every session and refuses every key of the account.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer).
+        Errors: NOT_FOUND, FAILED_PRECONDITION (LAST_ADMIN: somebody has to be left who can administer), UNAVAILABLE (the account
+        was changed too often in the last seconds).
         """
 
     @_abc_1.abstractmethod
