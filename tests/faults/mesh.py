@@ -72,6 +72,12 @@ TRANSIENT = frozenset(
 )
 """Refusals after which a client makes the same call again."""
 
+
+def transient(refusal: Refusal) -> bool:
+    """Whether the same call may go through soon: a ceiling stands for a day at least."""
+    return refusal.code in TRANSIENT and refusal.reason != "CEILING_REACHED"
+
+
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 Value = TypeVar("Value")
@@ -175,7 +181,7 @@ class Mesh:
                 async with asyncio.timeout(CALL_TIMEOUT_S):
                     return await call()
             except (Refusal, TimeoutError) as error:
-                if (isinstance(error, Refusal) and error.code not in TRANSIENT) or time.monotonic() > deadline:
+                if (isinstance(error, Refusal) and not transient(error)) or time.monotonic() > deadline:
                     raise
                 self.asked.refusals += 1
                 await asyncio.sleep(POLL_S)
