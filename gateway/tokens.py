@@ -96,11 +96,12 @@ class SigningKeys:
         Raises ValueError for a file that is not an Ed25519 private key, OSError; then everything stays as it was.
         """
         self._read_directory()
-        if self._rotation_s and self._clock() - self._keys[-1].modified_ns / 1e9 > self._rotation_s:
+        newest = self._keys[-1]
+        if self._rotation_s and self._clock() - newest.modified_ns / 1e9 > self._rotation_s:
             try:
-                self.rotate()
+                self._succeed(newest)
             except OSError as error:
-                self._warn_once("keys.not_rotated", self._keys[-1], error)
+                self._warn_once("keys.not_rotated", newest, error)
         for key in self._keys[: len(self._keys) - len(self._published())]:
             try:
                 key.file.unlink(missing_ok=True)
@@ -110,14 +111,18 @@ class SigningKeys:
                 _log.info("keys.retired", key_id=key.key_id)
 
     def rotate(self) -> str:
-        """Make a successor of the newest key and answer with its id. Of several that do this at once, one succeeds for all."""
+        """Make a successor of the newest key and answer with the newest's id."""
         self._read_directory()
-        newest = self._keys[-1]
-        # The name follows from the predecessor: no other replica makes a second successor of it.
-        _make_key(self._directory, f"after-{newest.key_id}.pem", modified_ns=max(self._now_ns(), newest.modified_ns + 1_000_000))
-        self._read_directory()
-        _log.info("keys.rotated", key_id=self._keys[-1].key_id, predecessor=newest.key_id)
+        self._succeed(self._keys[-1])
         return self._keys[-1].key_id
+
+    def _succeed(self, predecessor: _Key) -> None:
+        """Make a successor of this very key. Of several that do this at once, one succeeds for all."""
+        # The name follows from the predecessor: no other replica makes a second successor of it.
+        name = f"after-{predecessor.key_id}.pem"
+        _make_key(self._directory, name, modified_ns=max(self._now_ns(), predecessor.modified_ns + 1_000_000))
+        self._read_directory()
+        _log.info("keys.rotated", key_id=self._keys[-1].key_id, predecessor=predecessor.key_id)
 
     async def keep_current(self) -> None:
         """Reload every few seconds, for ever. Where that fails, the keys that are known go on."""
