@@ -19,7 +19,8 @@ from redis.exceptions import RedisError
 from jobs_service.lifecycle import Priority
 from jobs_service.settings import PlanLimits
 from jobs_service.store import OpenWork
-from servicekit.limits import REDIS_PAUSE_S, RateLimiter, limit_reached
+from servicekit.errors import limit_reached
+from servicekit.limits import REDIS_PAUSE_S, RateLimiter
 
 ESTIMATES_PER_SUBMIT = 10
 """Estimates a minute for each submit a minute: prices change while somebody chooses settings."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
 
-import grpc
 import prometheus_client
 import structlog
 import uuid_utils
@@ -30,7 +29,7 @@ from jobs_service.checker import Checker, Verdict
 from jobs_service.media import Refusal, UploadLimits, message
 from jobs_service.store import Upload, UploadState
 from servicekit.database import reading, transaction
-from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unavailable
+from servicekit.errors import MeshError, Reason, invalid, limit_reached, not_found, precondition, unavailable
 from servicekit.objects import ObjectStore, PresignedPut, StoredObject
 
 ARRIVALS, CHECKED = "incoming", "uploads"
@@ -121,14 +120,12 @@ class Uploads:
         limits = self._limits
         urls_max = limits.incomplete_max * URLS_PER_INCOMPLETE
         if usage.incomplete >= limits.incomplete_max:
-            raise _limit_reached(
-                "uploads.incomplete", f"at most {limits.incomplete_max} uploads may be incomplete", usage.incomplete_less_s
-            )
+            raise _too_much("uploads.incomplete", f"at most {limits.incomplete_max} uploads may be incomplete", usage.incomplete_less_s)
         if usage.urls >= urls_max:
-            raise _limit_reached("uploads.urls", f"at most {urls_max} uploads in {limits.url_ttl_s} seconds", usage.urls_less_s)
+            raise _too_much("uploads.urls", f"at most {urls_max} uploads in {limits.url_ttl_s} seconds", usage.urls_less_s)
         if usage.stored_bytes + size_bytes > limits.stored_max_bytes:
             description = f"at most {limits.stored_max_bytes:,} bytes of uploads are kept for a user"
-            raise _limit_reached("uploads.stored_bytes", description, usage.stored_less_s)
+            raise _too_much("uploads.stored_bytes", description, usage.stored_less_s)
 
     async def get(self, owner_id: uuid.UUID, upload_id: uuid.UUID) -> Upload:
         """One upload of the owner, or NOT_FOUND."""
@@ -152,7 +149,7 @@ class Uploads:
     def _begin(self, upload: Upload) -> "asyncio.Task[Upload]":
         if (less_s := self._costly.less_s(upload.owner_id)) is not None:
             description = f"at most {COSTLY_CHECKS_MAX} checks in an hour may refuse the file or take over {HEAVY_CHECK_S:.0f} seconds"
-            raise _limit_reached("uploads.costly_checks", description, less_s)
+            raise _too_much("uploads.costly_checks", description, less_s)
         shared_out = self._of_owner[upload.owner_id] >= max(1, self._places // OWNER_SHARE)
         if shared_out or (len(self._checks) >= self._places and not self._turns.displace_for(upload.owner_id)):
             raise _too_many_checks()
@@ -460,14 +457,8 @@ def _upload_invalid(upload_id: uuid.UUID, description: str) -> MeshError:
 
 
 def _too_many_checks() -> MeshError:
-    return _limit_reached("uploads.checks", "too many uploads are being checked", 2.0)
+    return _too_much("uploads.checks", "too many uploads are being checked", 2.0)
 
 
-def _limit_reached(subject: str, description: str, retry_after_s: float) -> MeshError:
-    return MeshError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        Reason.ERROR_REASON_LIMIT_REACHED,
-        description,
-        quota=[(subject, description)],
-        retry_after_s=max(1.0, retry_after_s),
-    )
+def _too_much(name: str, description: str, retry_after_s: float) -> MeshError:
+    return limit_reached(name, description, retry_after_s=max(1.0, retry_after_s))

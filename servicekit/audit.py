@@ -9,7 +9,7 @@ import asyncio
 import contextvars
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
@@ -23,7 +23,7 @@ from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.options.v1 import options_pb2
 from servicekit.client import call_metadata
 from servicekit.errors import MeshError, Reason, from_rpc_error, limit_reached, unavailable
-from servicekit.identity import Principal, current_principal
+from servicekit.identity import EDGE, Principal, current_principal
 
 SUBJECT_FIELDS = ("user_id", "job_id", "api_key_id", "top_up_id", "upload_id")
 """Fields of requests that name whom or what an act is done to, first match."""
@@ -123,7 +123,7 @@ class Recorder:
         entry = _begun(method, request, principal)
         _end(entry, refusal.code, Reason.Name(refusal.reason))
         if self._room(principal):
-            await _finish(self._trail, entry, {}, first=False)
+            await _finish(self._trail, entry, first=False)
         else:
             _log.warning("audit.refused", **asdict(entry))
 
@@ -144,26 +144,25 @@ async def _recorded(trail: AuditTrail, method: str, request: Message, principal:
     if first:
         await _begin(trail, entry)
     token = _entry.set(entry)
-    known = dict(entry.details)
     try:
         yield
     except MeshError as refusal:
         _end(entry, refusal.code, Reason.Name(refusal.reason))
         if first or refusal.reason in RECORDED_OF_STRANGERS:
-            await _finish(trail, entry, known, first=first)
+            await _finish(trail, entry, first=first)
         raise
     except asyncio.CancelledError:
         # The caller is gone, and may have what it came for: hanging up is no way around the trail.
         _end(entry, grpc.StatusCode.CANCELLED, "")
-        await asyncio.shield(asyncio.ensure_future(_finish(trail, entry, known, first=first)))
+        await asyncio.shield(asyncio.ensure_future(_finish(trail, entry, first=first)))
         raise
     except BaseException:
         _end(entry, grpc.StatusCode.INTERNAL, "")
-        await _finish(trail, entry, known, first=first)
+        await _finish(trail, entry, first=first)
         raise
     else:
         _end(entry, grpc.StatusCode.OK, "")
-        await _finish(trail, entry, known, first=first)
+        await _finish(trail, entry, first=first)
     finally:
         _entry.reset(token)
 
@@ -174,7 +173,7 @@ def _begun(method: str, request: Message, principal: Principal) -> AuditEntry:
         method=method.removeprefix("/"),
         actor_user_id=principal.user_id or "",
         actor_api_key_id=principal.api_key_id or "",
-        actor_service=principal.service or "" if principal.user_id is None and principal.service != "envoy" else "",
+        actor_service=principal.service if principal.user_id is None and principal.service not in (None, EDGE) else "",
         client_address=principal.client_address,
         request_id=principal.request_id,
     )
@@ -199,9 +198,8 @@ async def _begin(trail: AuditTrail, entry: AuditEntry) -> None:
         raise unavailable("this act has to be written down first, and that is impossible right now") from error
 
 
-async def _finish(trail: AuditTrail, entry: AuditEntry, known: Mapping[str, str], *, first: bool) -> None:
-    """Write the outcome; what was done stays done, so a trail that is away only costs the outcome."""
-    entry.details = {key: value for key, value in entry.details.items() if not first or known.get(key) != value}
+async def _finish(trail: AuditTrail, entry: AuditEntry, *, first: bool) -> None:
+    """Write the outcome (with `first`, of an entry that was begun); what was done stays done, so a trail that is away only costs this."""
     for attempt in range(1, FINISH_ATTEMPTS + 1):
         if attempt > 1:
             await asyncio.sleep(FINISH_PAUSE_S)

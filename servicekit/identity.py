@@ -24,6 +24,8 @@ ALGORITHM = "EdDSA"
 SPIFFE_PREFIX = "spiffe://genmesh/"
 ROLE_ADMIN = "admin"
 ROLE_OPERATOR = "operator"
+EDGE = "envoy"
+"""The peer that carries calls of people and programs outside; its word on where they come from is taken."""
 SCOPES = frozenset({"read", "submit", "admin"})
 """What an API key can be allowed to do; names of genmesh.options.v1.Scope."""
 CLOCK_SKEW_S = 5.0

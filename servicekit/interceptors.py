@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -23,15 +24,13 @@ from genmesh.options.v1 import options_pb2
 from servicekit import telemetry
 from servicekit.audit import LogTrail, Recorder
 from servicekit.errors import MeshError, Reason, permission_denied, unauthenticated
-from servicekit.identity import Principal, TokenVerifier, current_principal, peer_service, set_principal
+from servicekit.identity import EDGE, Principal, TokenVerifier, current_principal, peer_service, set_principal
 
 _log = structlog.get_logger(__name__)
 
 BEARER = "bearer "
 UNGUARDED_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 PRIVILEGED = (options_pb2.ACCESS_ADMIN, options_pb2.ACCESS_OPERATOR)
-EDGE = "envoy"
-"""Whose word on where a call came from is taken."""
 CLIENT_ADDRESS = "x-client-address"
 REQUEST_ID_MAX = 128
 STREAM_CHECK_INTERVAL_S = 5.0
@@ -136,8 +135,9 @@ class AccessRule:
     audited: bool = False
 
 
+@cache
 def access_rule(method: str) -> AccessRule:
-    """The rule of `/package.Service/Method`. A method without an `access` option has ACCESS_UNSPECIFIED."""
+    """The rule of `/package.Service/Method`, which is served here. Without an `access` option it is ACCESS_UNSPECIFIED."""
     service, _, name = method.removeprefix("/").partition("/")
     options = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].GetOptions()
     access = options.Extensions[options_pb2.access]
@@ -151,33 +151,18 @@ def access_rule(method: str) -> AccessRule:
     )
 
 
-class Rules:
-    """The rules of methods, each read once."""
-
-    def __init__(self) -> None:
-        self._rules: dict[str, AccessRule] = {}
-
-    def of(self, method: str) -> AccessRule:
-        """The rule of a method."""
-        rule = self._rules.get(method)
-        if rule is None:
-            rule = self._rules[method] = access_rule(method)
-        return rule
-
-
 class Authentication:
     """Proves the caller and checks the method's `access` option; what no rule allows is refused."""
 
     def __init__(self, verifier: TokenVerifier, recorder: Recorder | None = None) -> None:
         self._verifier = verifier
         self._recorder = recorder or Recorder(LogTrail())
-        self._rules = Rules()
 
     @asynccontextmanager
     async def around(self, call: Call) -> AsyncGenerator[None]:
         """See Layer."""
         service = peer_service(call.context.auth_context())
-        rule = self._rules.of(call.method)
+        rule = access_rule(call.method)
         proven = await self._prove(rule, call, service)
         principal = replace(proven, client_address=_client_address(call, service), request_id=call.request_id)
         try:
@@ -215,9 +200,7 @@ def _authorize(rule: AccessRule, principal: Principal) -> None:
 def scope_missing(scope: str | None) -> MeshError:
     """PERMISSION_DENIED (SCOPE_MISSING): a call that the API key in use may not make."""
     what = f"this API key lacks the scope {scope}" if scope else "no API key may do this: sign in"
-    return MeshError(
-        grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_SCOPE_MISSING, what, metadata={"scope": scope} if scope else {"scope": ""}
-    )
+    return MeshError(grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_SCOPE_MISSING, what, metadata={"scope": scope or ""})
 
 
 def _client_address(call: Call, service: str | None) -> str:
@@ -233,12 +216,11 @@ class Audit:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._rules = Rules()
 
     @asynccontextmanager
     async def around(self, call: Call) -> AsyncGenerator[None]:
         """See Layer."""
-        rule = self._rules.of(call.method)
+        rule = access_rule(call.method)
         if not rule.audited or isinstance(call.request, Malformed):
             yield
             return
@@ -297,7 +279,6 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if handler.request_streaming:
             raise TypeError(f"{method}: client streaming is not part of the contract")
         metadata = {key: value for key, value in handler_call_details.invocation_metadata if isinstance(value, str)}  # pyright: ignore[reportAttributeAccessIssue]
-
         request_id = metadata.get("x-request-id", "")[:REQUEST_ID_MAX] or str(uuid.uuid4())
 
         def deserialize(data: bytes) -> Message | Malformed:
