@@ -30,10 +30,10 @@ from cli.stack import parts
 from cli.stack.ports import hold_block
 from cli.stack.postgres import DATABASE, ROLE_BY_SERVICE, Postgres
 from cli.stack.supervisor import Supervisor
-from jobs_service.checker import Checker
 from jobs_service.settings import ServeSettings
-from jobs_service.store import UploadState
-from jobs_service.uploads import Uploads
+from jobs_service.uploads.checker import Checker
+from jobs_service.uploads.intake import Uploads
+from jobs_service.uploads.store import UploadState
 from servicekit import database
 from servicekit.objects import ObjectStore
 

@@ -11,7 +11,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from genmesh.jobs.v1 import jobs_pb2_grpc
 from jobs_service import store
-from jobs_service.checker import Checker
 from jobs_service.dead_letters import DeadLetters
 from jobs_service.deletion import Deletions
 from jobs_service.delivery import Delivery
@@ -26,7 +25,9 @@ from jobs_service.quotes import Quotes
 from jobs_service.relay import Relay
 from jobs_service.servicer import JobsAdminServicer, JobsServicer
 from jobs_service.settings import DispatchSettings, JobsSettings, RelaySettings, ServeSettings
-from jobs_service.uploads import Uploads, UploadSweeper
+from jobs_service.uploads.checker import Checker
+from jobs_service.uploads.intake import Uploads
+from jobs_service.uploads.sweeper import UploadSweeper
 from jobs_service.watch import Hub
 from servicekit import database, objects, streams
 from servicekit.client import mesh_channel

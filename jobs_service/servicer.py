@@ -15,8 +15,8 @@ from jobs_service.jobs import Jobs
 from jobs_service.limits import Limits
 from jobs_service.messages import dead_letter_message, timestamp
 from jobs_service.queue_stats import QueueStats
-from jobs_service.uploads import Uploads
-from jobs_service.uploads_servicer import UploadsServicer
+from jobs_service.uploads.intake import Uploads
+from jobs_service.uploads.servicer import UploadsServicer
 from jobs_service.watch import Hub, WatchRequest, WatchStream
 from servicekit import audit, paging
 from servicekit.errors import invalid

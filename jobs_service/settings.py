@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from jobs_service.lifecycle import Priority
-from jobs_service.media import MediaLimits, UploadLimits
+from jobs_service.uploads.media import MediaLimits, UploadLimits
 from servicekit.settings import DatabaseSettings, HostPort, MeshSettings, ObjectSettings, RedisSettings, ServerSettings
 
 MIB = 1024 * 1024

@@ -24,9 +24,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from jobs_service import media_check
-from jobs_service.checker import COMMAND, Checker, Verdict
-from jobs_service.media import MediaLimits, Refusal, message
+from jobs_service.uploads import media_check
+from jobs_service.uploads.checker import COMMAND, Checker, Verdict
+from jobs_service.uploads.media import MediaLimits, Refusal, message
 from servicekit.errors import MeshError, Reason
 
 LIMITS = MediaLimits(max_pixels=1_000_000, max_duration_s=10, memory_bytes=1 << 30, cpu_s=20, wall_s=60)
@@ -345,7 +345,7 @@ def number_in(path: str) -> int:
 
 
 LIMITED = (
-    "import sys; from jobs_service.media import MediaLimits; from jobs_service import media_check;"
+    "import sys; from jobs_service.uploads.media import MediaLimits; from jobs_service.uploads import media_check;"
     "media_check.give_up_rights(MediaLimits.decode(sys.argv[2]));" + READY
 )
 

@@ -24,12 +24,13 @@ from botocore.config import Config
 from PIL import Image
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from jobs_service import store, tables
-from jobs_service import uploads as module
-from jobs_service.checker import Checker, Verdict
-from jobs_service.media import MediaLimits, Refusal, UploadLimits
-from jobs_service.store import Upload, UploadState
-from jobs_service.uploads import Announced, Uploads, UploadSweeper
+from jobs_service import tables
+from jobs_service.uploads import intake, keys, store, sweeper, turns
+from jobs_service.uploads.checker import Checker, Verdict
+from jobs_service.uploads.intake import Announced, Uploads
+from jobs_service.uploads.media import MediaLimits, Refusal, UploadLimits
+from jobs_service.uploads.store import Upload, UploadState
+from jobs_service.uploads.sweeper import UploadSweeper
 from servicekit import database
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, unavailable
@@ -422,7 +423,7 @@ async def test_a_file_replaced_after_it_was_checked(place: Place):
 
     # The relay waits for the end of the URL, then removes what was written.
     assert await place.sweeper().clear_arrivals() == 0
-    await place.change(announced.upload_id, url_expire_time=sa.func.now() - timedelta(seconds=module.CLOCK_SKEW_S + 1))
+    await place.change(announced.upload_id, url_expire_time=sa.func.now() - timedelta(seconds=sweeper.CLOCK_SKEW_S + 1))
     assert await place.sweeper().clear_arrivals() == 1
     assert place.bucket.keys() == {complete.object_key}
     assert await place.sweeper().clear_arrivals() == 0
@@ -470,7 +471,7 @@ async def test_uploads_that_are_incomplete_are_limited(place: Place):
         assert (one.code, one.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
         assert one.quota[0][0] == "uploads.incomplete"
         assert one.retry_after_s is not None
-        assert module.INCOMPLETE_TTL_S - 60 < one.retry_after_s <= module.INCOMPLETE_TTL_S
+        assert intake.INCOMPLETE_TTL_S - 60 < one.retry_after_s <= intake.INCOMPLETE_TTL_S
     await place.uploads.create(uuid.uuid4(), "image/png", 10)  # others are not concerned
     await place.put(announced[0])
     await within(place.uploads.complete(place.owner, announced[0].upload_id))
@@ -480,7 +481,7 @@ async def test_uploads_that_are_incomplete_are_limited(place: Place):
 
 
 async def test_urls_that_work_are_limited_though_their_uploads_were_rejected(place: Place):
-    count = LIMITS.incomplete_max * module.URLS_PER_INCOMPLETE
+    count = LIMITS.incomplete_max * intake.URLS_PER_INCOMPLETE
     ids: list[uuid.UUID] = []
     for _ in range(count):
         ids.append((await place.uploads.create(place.owner, "image/png", 10)).upload_id)
@@ -546,9 +547,7 @@ async def test_one_owner_does_not_take_all_places(place: Place):
     await eventually(all_have_a_place)
     one_more = uuid.uuid4()
     async with transaction(place.engine) as connection:
-        await store.add_upload(
-            connection, one_more, place.owner, content_type="image/png", size_bytes=1, arrival_key="x", url_ttl_s=1, ttl_s=3600
-        )
+        await store.add(connection, one_more, place.owner, content_type="image/png", size_bytes=1, arrival_key="x", url_ttl_s=1, ttl_s=3600)
 
     refused = await refusal(server.complete(place.owner, one_more))
     place.gate.open.set()
@@ -649,7 +648,7 @@ async def test_a_turn_that_is_given_up_goes_to_the_next(place: Place):
 
 @pytest.mark.parametrize("costly", ["refused", "slow", "hangs"])
 async def test_costly_checks_of_an_owner_are_limited(place: Place, monkeypatch: pytest.MonkeyPatch, costly: str):
-    monkeypatch.setattr(module, "COSTLY_CHECKS_MAX", 2)
+    monkeypatch.setattr(turns, "COSTLY_CHECKS_MAX", 2)
     place.gate.open.set()
     server = place.server(place.gate)
 
@@ -659,7 +658,7 @@ async def test_costly_checks_of_an_owner_are_limited(place: Place, monkeypatch: 
     if costly == "refused":
         place.gate.answer = Verdict(refusal=Refusal.BROKEN)
     else:
-        monkeypatch.setattr(module, "HEAVY_CHECK_S", -1.0)
+        monkeypatch.setattr(intake, "HEAVY_CHECK_S", -1.0)
         place.gate.meanwhile = hang if costly == "hangs" else None
     owner = place.owner
     first, second = await arrived_of(place, owner, 2)
@@ -672,17 +671,17 @@ async def test_costly_checks_of_an_owner_are_limited(place: Place, monkeypatch: 
 
     assert (refused.reason, refused.quota[0][0]) == (Reason.ERROR_REASON_LIMIT_REACHED, "uploads.costly_checks")
     assert refused.retry_after_s is not None
-    assert module.HOUR_S - 60 < refused.retry_after_s <= module.HOUR_S
+    assert turns.HOUR_S - 60 < refused.retry_after_s <= turns.HOUR_S
     assert place.gate.begun == begun == 2
     place.gate.answer = place.gate.meanwhile = None
     [of_another] = await arrived_of(place, uuid.uuid4(), 1)
     await within(server.complete(place.owner, of_another))  # others are not concerned
-    monkeypatch.setattr(module, "HOUR_S", 0.0)
+    monkeypatch.setattr(turns, "HOUR_S", 0.0)
     assert (await within(server.complete(owner, one_more))).state is UploadState.COMPLETE
 
 
 async def test_checks_that_cost_little_are_not_counted(place: Place, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "COSTLY_CHECKS_MAX", 1)
+    monkeypatch.setattr(turns, "COSTLY_CHECKS_MAX", 1)
     for _ in range(2):
         announced = await place.arrived()
         assert (await within(place.uploads.complete(place.owner, announced.upload_id))).state is UploadState.COMPLETE
@@ -721,7 +720,7 @@ async def test_a_server_that_stops_leaves_the_upload_to_others(place: Place):
 async def claim(place: Place, upload_id: uuid.UUID) -> tuple[uuid.UUID, Upload]:
     check_id = uuid.uuid4()
     async with transaction(place.engine) as connection:
-        claimed = await store.claim_upload(connection, upload_id, check_id, lease_s=module.CHECK_LEASE_S)
+        claimed = await store.claim(connection, upload_id, check_id, lease_s=intake.CHECK_LEASE_S)
     assert claimed is not None
     return check_id, claimed
 
@@ -734,7 +733,7 @@ async def test_a_server_that_died_while_checking(place: Place):
     await place.change(announced.upload_id, check_end_time=sa.func.now())
     complete = await within(place.uploads.complete(place.owner, announced.upload_id))
     async with transaction(place.engine) as connection:
-        late = await store.end_upload(connection, announced.upload_id, check_id, UploadState.REJECTED, ttl_s=60, rejection="too late")
+        late = await store.end(connection, announced.upload_id, check_id, UploadState.REJECTED, ttl_s=60, rejection="too late")
 
     assert refused.code is grpc.StatusCode.UNAVAILABLE
     assert late is None
@@ -756,7 +755,7 @@ async def test_a_verdict_after_the_claim_has_ended_counts_for_nothing(place: Pla
     also_refused = await refusal(server.complete(place.owner, announced.upload_id))
 
     assert refused.code is also_refused.code is grpc.StatusCode.UNAVAILABLE
-    assert not {key for key in place.bucket.keys() if key.startswith(module.CHECKED)}  # noqa: SIM118
+    assert not {key for key in place.bucket.keys() if key.startswith(keys.CHECKED)}  # noqa: SIM118
     assert (await within(place.uploads.complete(place.owner, announced.upload_id))).state is UploadState.COMPLETE
 
 
@@ -766,8 +765,8 @@ async def test_a_server_that_died_before_it_could_say_what_it_stored(place: Plac
     pending = await place.arrived()
     key = (await place.some(pending.upload_id))["arrival_key"]
     assert complete.object_key is not None
-    lost = [f"{part}/{place.owner}/{uuid.uuid4()}/lost" for part in (module.ARRIVALS, module.CHECKED)]
-    fresh = [f"{part}/{place.owner}/{uuid.uuid4()}/fresh" for part in (module.ARRIVALS, module.CHECKED)]
+    lost = [f"{part}/{place.owner}/{uuid.uuid4()}/lost" for part in (keys.ARRIVALS, keys.CHECKED)]
+    fresh = [f"{part}/{place.owner}/{uuid.uuid4()}/fresh" for part in (keys.ARRIVALS, keys.CHECKED)]
     foreign = [f"{place.owner}/{uuid.uuid4()}/a.png", "uploads/notes.txt", f"incoming/{place.owner}/x"]
     for old in (*lost, *foreign, complete.object_key, key):
         place.bucket.put(old, PICTURE, age_s=2 * DAY_S)
@@ -780,12 +779,12 @@ async def test_a_server_that_died_before_it_could_say_what_it_stored(place: Plac
 
 async def test_a_sweep_goes_on_where_it_stopped(place: Place, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("servicekit.objects.PAGE_MAX", 2)
-    monkeypatch.setattr(module, "SWEEP_PAGES", 2)
+    monkeypatch.setattr(sweeper, "SWEEP_PAGES", 2)
     for _ in range(9):
-        place.bucket.put(f"{module.CHECKED}/{place.owner}/{uuid.uuid4()}/lost", PICTURE, age_s=2 * DAY_S)
-    sweeper = place.sweeper()
+        place.bucket.put(f"{keys.CHECKED}/{place.owner}/{uuid.uuid4()}/lost", PICTURE, age_s=2 * DAY_S)
+    sweeping = place.sweeper()
 
-    counts = [await sweeper.sweep_orphans() for _ in range(3)]
+    counts = [await sweeping.sweep_orphans() for _ in range(3)]
 
     assert counts == [4, 4, 1]
     assert place.bucket.keys() == set()
@@ -812,7 +811,7 @@ async def test_what_expired_is_gone_at_once_and_removed_soon(place: Place):
 
 async def test_what_is_about_to_expire_is_not_checked_any_more(place: Place):
     announced = await place.arrived()
-    await place.change(announced.upload_id, expire_time=sa.func.now() + timedelta(seconds=module.CHECK_LEASE_S - 1))
+    await place.change(announced.upload_id, expire_time=sa.func.now() + timedelta(seconds=intake.CHECK_LEASE_S - 1))
 
     refused = await refusal(place.server(place.gate).complete(place.owner, announced.upload_id))
 

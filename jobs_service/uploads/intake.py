@@ -1,4 +1,4 @@
-"""Files that users bring: announced, put into the store by a presigned URL, checked, kept for a while. docs/uploads.md has the whole way.
+"""Takes files that users bring: announces them, checks what arrived, keeps what passed.
 
 What is checked is what is kept: a file is read once from where it arrived, into a file that nobody else can write; that one is hashed,
 checked and stored under another key, where no URL writes. The URL may go on working: what it writes then nobody reads, and it is removed.
@@ -6,16 +6,13 @@ checked and stored under another key, where no URL writes. The URL may go on wor
 
 import asyncio
 import os
-import re
-import secrets
 import tempfile
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from typing import BinaryIO
 
 import prometheus_client
@@ -24,20 +21,19 @@ import uuid_utils
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from jobs_service import store
-from jobs_service.checker import Checker, Verdict
-from jobs_service.media import Refusal, UploadLimits, message
-from jobs_service.store import Upload, UploadState
+from jobs_service.uploads import store
+from jobs_service.uploads.checker import Checker, Verdict
+from jobs_service.uploads.keys import ARRIVALS, CHECKED, new_key
+from jobs_service.uploads.media import Refusal, UploadLimits, message
+from jobs_service.uploads.store import Upload, UploadState
+from jobs_service.uploads.turns import COSTLY_CHECKS_MAX, CostlyChecks, Turns, too_many_checks, too_much
 from servicekit.database import reading, transaction
-from servicekit.errors import MeshError, Reason, invalid, limit_reached, not_found, precondition, unavailable
-from servicekit.objects import ObjectStore, PresignedPut, StoredObject
+from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unavailable
+from servicekit.objects import ObjectStore, PresignedPut
 
-ARRIVALS, CHECKED = "incoming", "uploads"
-"""First parts of the keys of files that arrive, and of files that passed."""
-HOUR_S = 3600.0
-INCOMPLETE_TTL_S = HOUR_S
+INCOMPLETE_TTL_S = 3600.0
 """What is not complete by then is removed: longer than any URL works, for a PUT that began in time and is slow."""
-REJECTED_TTL_S = 24 * HOUR_S
+REJECTED_TTL_S = 24 * 3600.0
 """How long an owner can read why a file was rejected."""
 URLS_PER_INCOMPLETE = 5
 """URLs of an owner that work at a time, for each upload that may be incomplete: those of complete and rejected uploads still write."""
@@ -48,19 +44,7 @@ OWNER_SHARE = 2
 """One owner may take one of so many places where checks wait."""
 HEAVY_CHECK_S = 10.0
 """A check that takes longer is heavy: two hours of music, or a file made to keep a decoder busy."""
-COSTLY_CHECKS_MAX = 30
-"""Checks of an owner in an hour that refuse the file or are heavy, on one server: nobody else's files wait for more of them."""
 FAREWELL_S = 5.0
-
-SWEEP_INTERVAL_S = 60.0
-EXPIRE_BATCH = 500
-SWEEP_PAGES = 5
-"""Pages of each part of the bucket that a round looks at; the next one goes on from there."""
-CLOCK_SKEW_S = 60.0
-"""What the store's clock, which ends URLs, may differ from the database's."""
-
-_UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-_OF_AN_UPLOAD = re.compile(f"({ARRIVALS}|{CHECKED})/{_UUID}/{_UUID}/[A-Za-z0-9_-]+")
 
 UPLOADS = prometheus_client.Counter("genmesh_uploads", "Uploads by how their check ended", ["outcome"])
 
@@ -83,8 +67,8 @@ class Uploads:
         self._media = media
         self._checker = checker
         self._limits = limits
-        self._turns = _Turns(limits.checks_at_once)
-        self._costly = _CostlyChecks()
+        self._turns = Turns(limits.checks_at_once)
+        self._costly = CostlyChecks()
         self._places = limits.checks_at_once + limits.checks_waiting_max
         self._checks: dict[uuid.UUID, asyncio.Task[Upload]] = {}
         self._of_owner: Counter[uuid.UUID] = Counter()
@@ -101,10 +85,10 @@ class Uploads:
         if size_bytes > self._limits.max_bytes:
             raise invalid("size_bytes", f"at most {self._limits.max_bytes:,} bytes")
         upload_id = uuid.UUID(bytes=uuid_utils.uuid7().bytes)
-        key = _new_key(ARRIVALS, owner_id, upload_id)
+        key = new_key(ARRIVALS, owner_id, upload_id)
         async with transaction(self._engine) as connection:
-            self._refuse_too_much(await store.upload_usage(connection, owner_id), size_bytes)
-            await store.add_upload(
+            self._refusetoo_much(await store.usage(connection, owner_id), size_bytes)
+            await store.add(
                 connection,
                 upload_id,
                 owner_id,
@@ -116,21 +100,21 @@ class Uploads:
             )
         return Announced(upload_id, self._media.presign_put(key, content_type, size_bytes=size_bytes, ttl_s=self._limits.url_ttl_s))
 
-    def _refuse_too_much(self, usage: store.UploadUsage, size_bytes: int) -> None:
+    def _refusetoo_much(self, usage: store.UploadUsage, size_bytes: int) -> None:
         limits = self._limits
         urls_max = limits.incomplete_max * URLS_PER_INCOMPLETE
         if usage.incomplete >= limits.incomplete_max:
-            raise _too_much("uploads.incomplete", f"at most {limits.incomplete_max} uploads may be incomplete", usage.incomplete_less_s)
+            raise too_much("uploads.incomplete", f"at most {limits.incomplete_max} uploads may be incomplete", usage.incomplete_less_s)
         if usage.urls >= urls_max:
-            raise _too_much("uploads.urls", f"at most {urls_max} uploads in {limits.url_ttl_s} seconds", usage.urls_less_s)
+            raise too_much("uploads.urls", f"at most {urls_max} uploads in {limits.url_ttl_s} seconds", usage.urls_less_s)
         if usage.stored_bytes + size_bytes > limits.stored_max_bytes:
             description = f"at most {limits.stored_max_bytes:,} bytes of uploads are kept for a user"
-            raise _too_much("uploads.stored_bytes", description, usage.stored_less_s)
+            raise too_much("uploads.stored_bytes", description, usage.stored_less_s)
 
     async def get(self, owner_id: uuid.UUID, upload_id: uuid.UUID) -> Upload:
         """One upload of the owner, or NOT_FOUND."""
         async with reading(self._engine) as connection:
-            upload = await store.get_upload(connection, upload_id, owner_id)
+            upload = await store.get(connection, upload_id, owner_id)
         if upload is None:
             raise not_found("upload")
         return upload
@@ -149,10 +133,10 @@ class Uploads:
     def _begin(self, upload: Upload) -> "asyncio.Task[Upload]":
         if (less_s := self._costly.less_s(upload.owner_id)) is not None:
             description = f"at most {COSTLY_CHECKS_MAX} checks in an hour may refuse the file or take over {HEAVY_CHECK_S:.0f} seconds"
-            raise _too_much("uploads.costly_checks", description, less_s)
+            raise too_much("uploads.costly_checks", description, less_s)
         shared_out = self._of_owner[upload.owner_id] >= max(1, self._places // OWNER_SHARE)
         if shared_out or (len(self._checks) >= self._places and not self._turns.displace_for(upload.owner_id)):
-            raise _too_many_checks()
+            raise too_many_checks()
         check = self._checks[upload.upload_id] = asyncio.create_task(self._check_in_turn(upload), name="upload-check")
         self._of_owner[upload.owner_id] += 1
 
@@ -170,7 +154,7 @@ class Uploads:
         async with self._turns.turn(upload.owner_id):
             check_id = uuid.uuid4()
             async with transaction(self._engine) as connection:
-                claimed = await store.claim_upload(connection, upload.upload_id, check_id, lease_s=CHECK_LEASE_S)
+                claimed = await store.claim(connection, upload.upload_id, check_id, lease_s=CHECK_LEASE_S)
             if claimed is None:
                 now = await self.get(upload.owner_id, upload.upload_id)
                 if now.state is UploadState.PENDING:
@@ -191,7 +175,7 @@ class Uploads:
         """Let the next call check it. If that fails, or we are cancelled again, the claim ends by itself."""
         try:
             async with asyncio.timeout(FAREWELL_S), transaction(self._engine) as connection:
-                await store.release_upload(connection, upload.upload_id, check_id)
+                await store.release(connection, upload.upload_id, check_id)
         except (SQLAlchemyError, OSError) as error:
             _log.warning("upload.not_released", upload_id=str(upload.upload_id), error=repr(error)[:300])
 
@@ -208,10 +192,10 @@ class Uploads:
                 verdict = await self._look(upload, reader)
             if verdict.refusal is not None:
                 return await self._reject(upload, check_id, verdict.refusal)
-            key = _new_key(CHECKED, upload.owner_id, upload.upload_id)
+            key = new_key(CHECKED, upload.owner_id, upload.upload_id)
             await self._media.put_file(key, file, upload.content_type)
         async with transaction(self._engine) as connection:
-            complete = await store.end_upload(
+            complete = await store.end(
                 connection,
                 upload.upload_id,
                 check_id,
@@ -244,7 +228,7 @@ class Uploads:
     async def _reject(self, upload: Upload, check_id: uuid.UUID, refusal: Refusal) -> Upload:
         assert upload.arrival_key is not None
         async with transaction(self._engine) as connection:
-            rejected = await store.end_upload(
+            rejected = await store.end(
                 connection,
                 upload.upload_id,
                 check_id,
@@ -265,169 +249,6 @@ class Uploads:
             await self._media.delete(key)
         except MeshError as error:
             _log.warning("upload.object_left", key=key, error=repr(error)[:300])
-
-
-class UploadSweeper:
-    """Removes uploads that expired, what URLs wrote after the check, and objects that no upload has. Any number may work at once."""
-
-    def __init__(self, engine: AsyncEngine, media: ObjectStore, *, orphan_s: float) -> None:
-        self._engine = engine
-        self._media = media
-        self._orphan_s = orphan_s
-        self._swept = dict.fromkeys((ARRIVALS, CHECKED), "")
-
-    async def run(self) -> None:
-        """Sweep, round after round."""
-        while True:
-            for one in (self.expire, self.clear_arrivals, self.sweep_orphans):
-                try:
-                    if count := await one():
-                        _log.info("uploads.swept", round=one.__name__, count=count)
-                except (SQLAlchemyError, OSError, MeshError) as error:
-                    _log.warning("uploads.trouble", round=one.__name__, error=repr(error)[:300])
-            await asyncio.sleep(SWEEP_INTERVAL_S)
-
-    async def expire(self) -> int:
-        """Remove a batch of expired uploads, files first: a row that is left leads the next round to them. How many."""
-        async with reading(self._engine) as connection:
-            expired = await store.expired_uploads(connection, limit=EXPIRE_BATCH)
-        for upload in expired:
-            await self._media.delete(*(key for key in (upload.arrival_key, upload.object_key) if key is not None))
-            async with transaction(self._engine) as connection:
-                await store.delete_upload(connection, upload.upload_id)
-        return len(expired)
-
-    async def clear_arrivals(self) -> int:
-        """Remove, for a batch of checked uploads, what their URLs may have written again before they stopped working. How many."""
-        async with reading(self._engine) as connection:
-            dead = await store.dead_arrivals(connection, older_than_s=CLOCK_SKEW_S, limit=EXPIRE_BATCH)
-        if dead:
-            await self._media.delete(*(key for _, key in dead))
-            async with transaction(self._engine) as connection:
-                await store.arrivals_cleared(connection, [upload_id for upload_id, _ in dead])
-        return len(dead)
-
-    async def sweep_orphans(self) -> int:
-        """Delete objects that no upload has, in the next pages: of checks that died, of PUTs that took longer than their upload lived."""
-        # The store's clock may differ from ours by less than anybody's choice of an age.
-        stored_before = datetime.now(UTC) - timedelta(seconds=self._orphan_s)
-        count = 0
-        for part in (ARRIVALS, CHECKED):
-            for _ in range(SWEEP_PAGES):
-                page = await self._media.list(f"{part}/", after=self._swept[part])
-                # First, so that an object that may not go does not end every round: its page comes again after the last one.
-                self._swept[part] = page.objects[-1].key if page.more else ""
-                count += await self._sweep([found for found in page.objects if found.modified_time < stored_before])
-                if not page.more:
-                    break
-        return count
-
-    async def _sweep(self, objects: Sequence[StoredObject]) -> int:
-        keys = [found.key for found in objects if _OF_AN_UPLOAD.fullmatch(found.key)]
-        if not keys:
-            return 0
-        async with reading(self._engine) as connection:
-            known = await store.known_upload_keys(connection, keys)
-        orphans = [key for key in keys if key not in known]
-        await self._media.delete(*orphans)
-        return len(orphans)
-
-
-class _Turns:
-    """Slots that owners take in turns, one at a time each: whoever asks for many waits for everybody who asks for one."""
-
-    def __init__(self, slots: int) -> None:
-        self._free = slots
-        self._running: set[uuid.UUID] = set()
-        self._waiting: dict[uuid.UUID, deque[asyncio.Future[None]]] = {}
-        """Whose turn is next comes first."""
-
-    @asynccontextmanager
-    async def turn(self, owner_id: uuid.UUID) -> AsyncGenerator[None]:
-        """A slot while the block runs. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) when somebody else was given the place to wait in."""
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(owner_id, deque()).append(place)
-        self._admit()
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.cancelled():
-                self._forget(owner_id, place)
-            elif place.exception() is None:  # cancelled just when it was admitted
-                self._leave(owner_id)
-            raise
-        try:
-            yield
-        finally:
-            self._leave(owner_id)
-
-    def displace_for(self, owner_id: uuid.UUID) -> bool:
-        """Take the last place from the owner who has most, if that is for somebody who has less even then."""
-        longest = max(self._waiting, key=self._count, default=None)
-        if longest is None or self._count(longest) < self._count(owner_id) + 2:
-            return False
-        place = self._waiting[longest][-1]
-        self._forget(longest, place)
-        if not place.done():
-            place.set_exception(_too_many_checks())
-        return True
-
-    def _count(self, owner_id: uuid.UUID) -> int:
-        return len(self._waiting.get(owner_id, ())) + (owner_id in self._running)
-
-    def _admit(self) -> None:
-        while self._free:
-            owner_id = next((owner_id for owner_id in self._waiting if owner_id not in self._running), None)
-            if owner_id is None:
-                return
-            places = self._waiting.pop(owner_id)
-            place = places.popleft()
-            if places:
-                self._waiting[owner_id] = places  # behind the others
-            if not place.done():  # a cancelled one removes itself in a moment
-                self._free -= 1
-                self._running.add(owner_id)
-                place.set_result(None)
-
-    def _leave(self, owner_id: uuid.UUID) -> None:
-        self._free += 1
-        self._running.discard(owner_id)
-        self._admit()
-
-    def _forget(self, owner_id: uuid.UUID, place: "asyncio.Future[None]") -> None:
-        places = self._waiting.get(owner_id)
-        if places is not None and place in places:
-            places.remove(place)
-            if not places:
-                del self._waiting[owner_id]
-
-
-class _CostlyChecks:
-    """When owners had checks that cost much and gave little, in the last hour. Of this server, whose processors it is about."""
-
-    def __init__(self) -> None:
-        self._times: dict[uuid.UUID, deque[float]] = {}
-        """In the order of the last of them."""
-
-    def count(self, owner_id: uuid.UUID) -> None:
-        now = time.monotonic()
-        times = self._times.pop(owner_id, None) or deque(maxlen=COSTLY_CHECKS_MAX)
-        times.append(now)
-        self._times[owner_id] = times
-        while (oldest := next(iter(self._times))) != owner_id and self._times[oldest][-1] <= now - HOUR_S:
-            del self._times[oldest]
-
-    def less_s(self, owner_id: uuid.UUID) -> float | None:
-        """How long until the owner may have another; None: now."""
-        times = self._times.get(owner_id)
-        if times is None or len(times) < COSTLY_CHECKS_MAX:
-            return None
-        less_s = times[0] + HOUR_S - time.monotonic()
-        return less_s if less_s > 0 else None
-
-
-def _new_key(part: str, owner_id: uuid.UUID, upload_id: uuid.UUID) -> str:
-    return f"{part}/{owner_id}/{upload_id}/{secrets.token_urlsafe(24)}"
 
 
 @contextmanager
@@ -454,11 +275,3 @@ def _settled(upload: Upload) -> Upload:
 
 def _upload_invalid(upload_id: uuid.UUID, description: str) -> MeshError:
     return precondition(Reason.ERROR_REASON_UPLOAD_INVALID, description, {"upload_id": str(upload_id)})
-
-
-def _too_many_checks() -> MeshError:
-    return _too_much("uploads.checks", "too many uploads are being checked", 2.0)
-
-
-def _too_much(name: str, description: str, retry_after_s: float) -> MeshError:
-    return limit_reached(name, description, retry_after_s=max(1.0, retry_after_s))

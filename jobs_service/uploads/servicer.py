@@ -7,8 +7,8 @@ import grpc
 
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
 from jobs_service.messages import timestamp
-from jobs_service.store import Upload
-from jobs_service.uploads import Uploads
+from jobs_service.uploads.intake import Uploads
+from jobs_service.uploads.store import Upload
 from servicekit.errors import MeshError, Reason
 from servicekit.identity import current_user_id
 

@@ -13,11 +13,11 @@ import structlog
 from prometheus_client import Histogram
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jobs_service.media import MediaLimits, Refusal
+from jobs_service.uploads.media import MediaLimits, Refusal
 from servicekit.errors import unavailable
 
 ANSWER_MAX_BYTES = 4096
-COMMAND = (sys.executable, "-I", "-B", "-m", "jobs_service.media_check")
+COMMAND = (sys.executable, "-I", "-B", "-m", "jobs_service.uploads.media_check")
 
 CHECK_SECONDS = Histogram("genmesh_upload_check_seconds", "Time of one check of an uploaded file in its process", ["outcome"])
 

@@ -1,4 +1,4 @@
-"""`python -I -B -m jobs_service.media_check TYPE LIMITS < FILE`: looks whether a file that a user brought is what it claims to be.
+"""`python -I -B -m jobs_service.uploads.media_check TYPE LIMITS < FILE`: looks whether a file that a user brought is what it claims to be.
 
 A process of its own, because decoders have bugs: before it reads a byte of the file it gives up memory, processor time, processes, and
 every file descriptor but the three it has, so that it can neither open a file nor a connection. It says `ready` when that is done, then
@@ -31,7 +31,7 @@ from mutagen.oggvorbis import OggVorbis
 from mutagen.wave import WAVE
 from PIL import Image, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from jobs_service.media import MediaLimits, Refusal
+from jobs_service.uploads.media import MediaLimits, Refusal
 
 CHUNKS_MAX = 400_000
 """Parts of a container that are looked at: two hours of Ogg in pages of 20 ms."""
