@@ -1,19 +1,15 @@
 """Deletion: the receipt and what is gone after it, stores that are away, retention, orphaned media."""
 
 import asyncio
-import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
-import boto3
 import grpc
 import pytest
 import sqlalchemy as sa
-from botocore.config import Config
 from redis import asyncio as redis
 from redis.exceptions import RedisError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -34,45 +30,11 @@ from servicekit import objects
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason
 from servicekit.objects import ObjectStore
-from servicekit.settings import ObjectSettings
-from tests.service.jobs.world import eventually, new_job, presign, submit
+from tests.service.jobs.bucket import DAY_S, Bucket
+from tests.service.jobs.world import eventually, new_job, presign, refused, submit
 
-DAY_S = 24 * 3600
 FAILURE = Failure(b"\x08\x0a", "ERROR_REASON_MODEL_OUT_OF_MEMORY", "f" * 16)
 COUNT_ABOVE_A_PAGE = objects.PAGE_MAX + 1
-
-
-class Bucket:
-    """A bucket of the test's own, as somebody else than the service sees it."""
-
-    def __init__(self, s3: Mapping[str, str]) -> None:
-        self.name = f"test-{secrets.token_hex(6)}"
-        self.settings = ObjectSettings.model_validate(
-            {name.removeprefix("GENMESH_").lower(): value for name, value in s3.items()} | {"s3_bucket": self.name}
-        )
-        self._client: Any = boto3.client(
-            "s3",
-            endpoint_url=s3["GENMESH_S3_ENDPOINT_URL"],
-            aws_access_key_id=s3["GENMESH_S3_ACCESS_KEY_ID"],
-            aws_secret_access_key=s3["GENMESH_S3_SECRET_ACCESS_KEY"],
-            region_name=s3["GENMESH_S3_REGION"],
-            config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
-        )
-        self._client.create_bucket(Bucket=self.name)
-
-    def put(self, *keys: str, size_bytes: int = 3, age_s: float = 2 * DAY_S) -> None:
-        # rclone takes the time of modification from this; a listing shows it.
-        metadata = {"mtime": f"{time.time() - age_s:.0f}"}
-
-        def put(key: str) -> None:
-            self._client.put_object(Bucket=self.name, Key=key, Body=b"x" * size_bytes, Metadata=metadata)
-
-        with ThreadPoolExecutor(4) as threads:
-            list(threads.map(put, keys))
-
-    def listing(self) -> set[str]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
-        return {found["Key"] for page in pages for found in page.get("Contents", ())}
 
 
 @pytest.fixture
@@ -172,12 +134,6 @@ def place(engine: AsyncEngine, client: "redis.Redis", ledger: Ledger, media: Obj
     return Place(engine, client, ledger, media, settings)
 
 
-async def refusal(awaitable: Awaitable[object]) -> MeshError:
-    with pytest.raises(MeshError) as caught:
-        await awaitable
-    return caught.value
-
-
 def counts(receipt: Receipt) -> tuple[int, int, bool]:
     return receipt.object_count, receipt.size_bytes, receipt.media_pending
 
@@ -188,8 +144,8 @@ def counts(receipt: Receipt) -> tuple[int, int, bool]:
 @pytest.mark.parametrize("state", [State.COMPLETED, State.FAILED, State.CANCELLED])
 async def test_a_deleted_job_leaves_nothing_but_its_neighbours(place: Place, bucket: Bucket, state: State):
     job, neighbour = await place.job(state), await place.job()
-    bucket.put(job.media_prefix + "image-0.png", size_bytes=1000)
-    bucket.put(job.media_prefix + "thumbnail-0.png", size_bytes=24)
+    bucket.put(job.media_prefix + "image-0.png", body=b"x" * 1000)
+    bucket.put(job.media_prefix + "thumbnail-0.png", body=b"x" * 24)
     bucket.put(neighbour.media_prefix + "image-0.png", f"{place.owner}/{job.job_id}-not/image-0.png")
     assert await place.known_to_redis(job)
 
@@ -207,11 +163,11 @@ async def test_a_deleted_job_leaves_nothing_but_its_neighbours(place: Place, buc
 async def test_a_job_that_is_deleted_or_another_owners_is_not_found(place: Place, bucket: Bucket):
     job = await place.job()
     bucket.put(job.media_prefix + "image-0.png")
-    assert (await refusal(place.deletions().delete(uuid.uuid4(), job.job_id))).code is grpc.StatusCode.NOT_FOUND
+    assert (await refused(place.deletions().delete(uuid.uuid4(), job.job_id))).code is grpc.StatusCode.NOT_FOUND
     assert await place.stored(job) == job
     assert len(bucket.listing()) == 1
     await place.deletions().delete(place.owner, job.job_id)
-    assert (await refusal(place.deletions().delete(place.owner, job.job_id))).code is grpc.StatusCode.NOT_FOUND
+    assert (await refused(place.deletions().delete(place.owner, job.job_id))).code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_of_two_who_delete_a_job_at_once_one_gets_the_receipt(place: Place, bucket: Bucket):
@@ -228,9 +184,9 @@ async def test_of_two_who_delete_a_job_at_once_one_gets_the_receipt(place: Place
 async def test_a_job_that_has_not_ended_is_refused(place: Place, bucket: Bucket, state: State):
     job = await place.job(state)
     bucket.put(job.media_prefix + "image-0.png")
-    refused = await refusal(place.deletions().delete(place.owner, job.job_id))
-    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, Reason.ERROR_REASON_JOB_NOT_TERMINAL)
-    assert refused.metadata == {"state": f"STATE_{state.name}"}
+    refusal = await refused(place.deletions().delete(place.owner, job.job_id))
+    assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, Reason.ERROR_REASON_JOB_NOT_TERMINAL)
+    assert refusal.metadata == {"state": f"STATE_{state.name}"}
     assert await place.stored(job) == job
     assert len(bucket.listing()) == 1
 
@@ -238,9 +194,9 @@ async def test_a_job_that_has_not_ended_is_refused(place: Place, bucket: Bucket,
 async def test_a_job_is_kept_while_its_bill_cannot_be_settled(place: Place, no_ledger: Ledger, bucket: Bucket):
     job = await place.job(settled=False)
     bucket.put(job.media_prefix + "image-0.png")
-    refused = await refusal(place.deletions(ledger=no_ledger).delete(place.owner, job.job_id))
-    assert refused.code is grpc.StatusCode.UNAVAILABLE
-    assert refused.retry_after_s
+    refusal = await refused(place.deletions(ledger=no_ledger).delete(place.owner, job.job_id))
+    assert refusal.code is grpc.StatusCode.UNAVAILABLE
+    assert refusal.retry_after_s
     assert await place.stored(job) == job
     assert len(bucket.listing()) == 1
 
@@ -262,7 +218,7 @@ async def test_a_job_that_is_about_to_be_retried_is_kept(place: Place):
     job = await place.job(State.FAILED)
     async with transaction(place.engine) as connection:
         await store.add_retry(connection, job.job_id, uuid.uuid4())
-    assert (await refusal(place.deletions().delete(place.owner, job.job_id))).code is grpc.StatusCode.UNAVAILABLE
+    assert (await refused(place.deletions().delete(place.owner, job.job_id))).code is grpc.StatusCode.UNAVAILABLE
     assert await place.stored(job) == job
 
 
@@ -463,7 +419,7 @@ async def test_a_page_that_cannot_be_deleted_does_not_end_every_round(place: Pla
     monkeypatch.setattr(place.media, "delete", refuse)
     monkeypatch.setattr(objects, "PAGE_MAX", 1)
     deletions = place.deletions()
-    assert (await refusal(deletions.sweep_orphans(older_than_s=DAY_S))).reason == Reason.ERROR_REASON_STORE_FAILED
+    assert (await refused(deletions.sweep_orphans(older_than_s=DAY_S))).reason == Reason.ERROR_REASON_STORE_FAILED
     assert await deletions.sweep_orphans(older_than_s=DAY_S) == 1
     assert bucket.listing() == {locked}
 
@@ -509,7 +465,7 @@ async def test_a_listing_shows_sizes_and_times_and_goes_on_after_a_key_that_is_g
     bucket: Bucket, media: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(objects, "PAGE_MAX", 2)
-    bucket.put("a/1", "a/2", "a/3 with <é> and 100%", "b/1", size_bytes=7, age_s=DAY_S)
+    bucket.put("a/1", "a/2", "a/3 with <é> and 100%", "b/1", body=b"1234567", age_s=DAY_S)
     page = await media.list("a/")
     assert ([found.key for found in page.objects], page.more) == (["a/1", "a/2"], True)
     assert {found.size_bytes for found in page.objects} == {7}
@@ -526,11 +482,11 @@ async def test_what_the_store_refuses_is_typed(bucket: Bucket):
     nowhere = bucket.settings.model_copy(update={"s3_bucket": "no-such-bucket"})
     with ObjectStore(nowhere) as media:
         for call in (media.list(""), media.delete("a"), media.put("a", b"", "text/plain")):
-            refused = await refusal(call)
-            assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_STORE_FAILED)
+            refusal = await refused(call)
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_STORE_FAILED)
 
 
 async def test_a_single_object_that_may_not_go_is_an_error(media: ObjectStore, monkeypatch: pytest.MonkeyPatch):
     client: Any = media._client  # pyright: ignore[reportPrivateUsage]  # no store here refuses a single key
     monkeypatch.setattr(client, "delete_objects", lambda **_: {"Errors": [{"Key": "a", "Code": "AccessDenied", "Message": "locked"}]})
-    assert (await refusal(media.delete("a"))).reason == Reason.ERROR_REASON_STORE_FAILED
+    assert (await refused(media.delete("a"))).reason == Reason.ERROR_REASON_STORE_FAILED

@@ -38,7 +38,7 @@ from servicekit.identity import ALGORITHM, TokenVerifier
 from servicekit.interceptors import Audit, Authentication, Errors, Interceptor, Validation
 from servicekit.limits import RateLimiter
 from servicekit.objects import ObjectStore
-from tests.service.jobs.world import HOLD_TTL_S, SPEC, World, new_job, submit
+from tests.service.jobs.world import HOLD_TTL_S, World, new_job, refused, request, submit
 
 KEY, OTHER_KEY = uuid.UUID(int=7), uuid.UUID(int=8)
 PLAN = "PLAN_FREE"
@@ -105,17 +105,6 @@ async def world(
         await world.offer()
         yield world
     await server.stop(0)
-
-
-def request(**changes: Any) -> jobs_pb2.CreateJobRequest:
-    fields: dict[str, Any] = {"request_id": str(uuid.uuid4()), "spec": SPEC} | changes
-    return jobs_pb2.CreateJobRequest(**fields)
-
-
-async def refused(call: Any) -> MeshError:
-    with pytest.raises(MeshError) as raised:
-        await call
-    return raised.value
 
 
 async def ended(world: World, state: State, *, steps_done: int = 10, **changes: Any) -> Job:

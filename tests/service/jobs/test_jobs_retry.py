@@ -28,7 +28,7 @@ from jobs_service.tables import jobs as jobs_table
 from jobs_service.tables import models, outbox, requests, retries
 from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason
-from tests.service.jobs.world import POOL, SPEC, World, eventually, running, within
+from tests.service.jobs.world import POOL, SPEC, World, eventually, refused, running, within
 
 Balance = Callable[[uuid.UUID], Awaitable[tuple[int, int]]]
 Fund = Callable[[uuid.UUID, int], Awaitable[None]]
@@ -41,12 +41,6 @@ CONTEXT: Any = None
 
 class CrashError(Exception):
     """The process dies here."""
-
-
-async def refused(call: Awaitable[object]) -> MeshError:
-    with pytest.raises(MeshError) as raised:
-        await call
-    return raised.value
 
 
 async def start(world: World, job_id: uuid.UUID) -> Job:

@@ -17,22 +17,11 @@ from jobs_service.store import Duty
 from jobs_service.tables import jobs as jobs_table
 from jobs_service.tables import outbox, requests
 from servicekit.database import transaction
-from servicekit.errors import MeshError, Reason
-from tests.service.jobs.world import POOL, SPEC, World, eventually, running
+from servicekit.errors import Reason
+from tests.service.jobs.world import POOL, SPEC, World, eventually, refused, request, running
 
 Balance = Callable[[uuid.UUID], Awaitable[tuple[int, int]]]
 PLAN = "PLAN_FREE"
-
-
-def request(**changes: Any) -> jobs_pb2.CreateJobRequest:
-    fields: dict[str, Any] = {"request_id": str(uuid.uuid4()), "spec": SPEC} | changes
-    return jobs_pb2.CreateJobRequest(**fields)
-
-
-async def refused(call: Awaitable[object]) -> MeshError:
-    with pytest.raises(MeshError) as raised:
-        await call
-    return raised.value
 
 
 @pytest.fixture

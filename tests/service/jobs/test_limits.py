@@ -32,7 +32,7 @@ from servicekit.identity import Principal, set_principal
 from servicekit.limits import RateLimiter
 from servicekit.settings import RedisSettings
 from tests.service.jobs.conftest import NOWHERE
-from tests.service.jobs.world import SPEC, World, eventually, new_job, note, running, submit, within
+from tests.service.jobs.world import SPEC, World, eventually, new_job, note, refused, request, running, submit, within
 
 Balance = Callable[[uuid.UUID], Awaitable[tuple[int, int]]]
 FREE, PRO = "PLAN_FREE", "PLAN_PRO"
@@ -41,17 +41,6 @@ COST = 100
 CONTEXT: Any = None
 """The servicers make no use of it."""
 FAILURE = failure(MeshError(grpc.StatusCode.ABORTED, Reason.ERROR_REASON_WORKER_LOST, "its worker was lost 3 times"), "small")
-
-
-def request(**changes: Any) -> jobs_pb2.CreateJobRequest:
-    fields: dict[str, Any] = {"request_id": str(uuid.uuid4()), "spec": SPEC} | changes
-    return jobs_pb2.CreateJobRequest(**fields)
-
-
-async def refused(call: Awaitable[object]) -> MeshError:
-    with pytest.raises(MeshError) as raised:
-        await call
-    return raised.value
 
 
 async def limited(call: Awaitable[object]) -> str:

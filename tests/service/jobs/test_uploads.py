@@ -5,22 +5,18 @@ import hashlib
 import io
 import re
 import resource
-import secrets
-import time
 import uuid
 import wave
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO
 
-import boto3
 import botocore.auth
 import grpc
 import httpx
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
-from botocore.config import Config
 from PIL import Image
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -36,9 +32,9 @@ from servicekit.database import transaction
 from servicekit.errors import MeshError, Reason, unavailable
 from servicekit.objects import Downloaded, ObjectStore
 from servicekit.settings import DatabaseSettings, ObjectSettings
+from tests.service.jobs.bucket import DAY_S, Bucket
 from tests.service.jobs.world import eventually, within
 
-DAY_S = 24 * 3600.0
 MEDIA = MediaLimits(max_pixels=1_000_000, max_duration_s=10, memory_bytes=1 << 30, cpu_s=20, wall_s=60)
 LIMITS = UploadLimits(
     max_bytes=1_000_000,
@@ -58,36 +54,6 @@ def picture() -> bytes:
 
 
 PICTURE, OTHER_PICTURE = picture(), picture()
-
-
-class Bucket:
-    """A bucket of the test's own, as somebody else than the service sees it."""
-
-    def __init__(self, s3: Mapping[str, str]) -> None:
-        self.name = f"test-{secrets.token_hex(6)}"
-        self.settings = ObjectSettings.model_validate(
-            {name.removeprefix("GENMESH_").lower(): value for name, value in s3.items()} | {"s3_bucket": self.name}
-        )
-        self._client: Any = boto3.client(
-            "s3",
-            endpoint_url=s3["GENMESH_S3_ENDPOINT_URL"],
-            aws_access_key_id=s3["GENMESH_S3_ACCESS_KEY_ID"],
-            aws_secret_access_key=s3["GENMESH_S3_SECRET_ACCESS_KEY"],
-            region_name=s3["GENMESH_S3_REGION"],
-            config=Config(signature_version="s3v4", s3={"addressing_style": "path"}),
-        )
-        self._client.create_bucket(Bucket=self.name)
-
-    def put(self, key: str, body: bytes, *, age_s: float = 0.0) -> None:
-        # rclone takes the time of modification from this; a listing shows it.
-        self._client.put_object(Bucket=self.name, Key=key, Body=body, Metadata={"mtime": f"{time.time() - age_s:.0f}"})
-
-    def get(self, key: str) -> bytes:
-        return self._client.get_object(Bucket=self.name, Key=key)["Body"].read()
-
-    def keys(self) -> set[str]:
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
-        return {found["Key"] for page in pages for found in page.get("Contents", ())}
 
 
 class Gate(Checker):
@@ -204,7 +170,7 @@ async def test_a_file_is_announced_put_and_completed(place: Place):
     assert complete.expire_time > pending.expire_time
     assert complete == await place.uploads.get(place.owner, announced.upload_id)
     assert complete.object_key is not None
-    assert place.bucket.keys() == {complete.object_key}
+    assert place.bucket.listing() == {complete.object_key}
     assert place.bucket.get(complete.object_key) == PICTURE
 
 
@@ -294,7 +260,7 @@ async def test_a_url_takes_nothing_but_what_was_announced(place: Place):
     }
 
     assert statuses == dict.fromkeys(statuses, 403)
-    assert place.bucket.keys() == set()
+    assert place.bucket.listing() == set()
     assert await send() == 200
 
 
@@ -306,13 +272,13 @@ async def test_a_url_that_has_expired(place: Place, monkeypatch: pytest.MonkeyPa
 
     assert then.strftime("%Y%m%dT%H%M%SZ") in announced.put.url
     assert (await place.put(announced)).status_code in (400, 403)
-    assert place.bucket.keys() == set()
+    assert place.bucket.listing() == set()
 
 
 async def test_a_store_that_took_another_size(place: Place):
     announced = await place.uploads.create(place.owner, "image/png", len(PICTURE) - 1)
     key = (await place.some(announced.upload_id))["arrival_key"]
-    place.bucket.put(key, PICTURE)
+    place.bucket.put(key, body=PICTURE, age_s=0)
 
     refused = await refusal(place.uploads.complete(place.owner, announced.upload_id))
 
@@ -320,7 +286,7 @@ async def test_a_store_that_took_another_size(place: Place):
         Reason.ERROR_REASON_UPLOAD_INVALID,
         "the file has another size than was announced",
     )
-    assert place.bucket.keys() == set()
+    assert place.bucket.listing() == set()
 
 
 # --- refused files -----------------------------------------------------------------------------------------------------------
@@ -336,7 +302,7 @@ async def test_a_refused_file_is_removed_and_the_upload_says_why(place: Place):
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, Reason.ERROR_REASON_UPLOAD_INVALID)
     assert again.message == refused.message == shown.rejection == "the file is not of the type that was announced"
     assert (shown.state, shown.object_key, shown.sha256) == (UploadState.REJECTED, None, None)
-    assert place.bucket.keys() == set()
+    assert place.bucket.listing() == set()
 
 
 async def test_a_check_that_says_nothing_refuses_nothing(place: Place):
@@ -419,13 +385,13 @@ async def test_a_file_replaced_after_it_was_checked(place: Place):
     assert again == complete
     assert complete.object_key is not None
     assert place.bucket.get(complete.object_key) == PICTURE
-    assert len(place.bucket.keys()) == 2
+    assert len(place.bucket.listing()) == 2
 
     # The relay waits for the end of the URL, then removes what was written.
     assert await place.sweeper().clear_arrivals() == 0
     await place.change(announced.upload_id, url_expire_time=sa.func.now() - timedelta(seconds=sweeper.CLOCK_SKEW_S + 1))
     assert await place.sweeper().clear_arrivals() == 1
-    assert place.bucket.keys() == {complete.object_key}
+    assert place.bucket.listing() == {complete.object_key}
     assert await place.sweeper().clear_arrivals() == 0
     assert (await place.some(announced.upload_id))["arrival_key"] is None
 
@@ -441,7 +407,7 @@ async def test_parallel_completes_check_once(place: Place):
     answers = await within(asyncio.gather(*(server.complete(place.owner, announced.upload_id) for _ in range(8))))
 
     assert place.gate.begun == 1
-    assert {answer.object_key for answer in answers} == place.bucket.keys()
+    assert {answer.object_key for answer in answers} == place.bucket.listing()
 
 
 async def test_another_server_does_not_check_at_the_same_time(place: Place):
@@ -755,7 +721,7 @@ async def test_a_verdict_after_the_claim_has_ended_counts_for_nothing(place: Pla
     also_refused = await refusal(server.complete(place.owner, announced.upload_id))
 
     assert refused.code is also_refused.code is grpc.StatusCode.UNAVAILABLE
-    assert not {key for key in place.bucket.keys() if key.startswith(keys.CHECKED)}  # noqa: SIM118
+    assert not {key for key in place.bucket.listing() if key.startswith(keys.CHECKED)}
     assert (await within(place.uploads.complete(place.owner, announced.upload_id))).state is UploadState.COMPLETE
 
 
@@ -769,25 +735,25 @@ async def test_a_server_that_died_before_it_could_say_what_it_stored(place: Plac
     fresh = [f"{part}/{place.owner}/{uuid.uuid4()}/fresh" for part in (keys.ARRIVALS, keys.CHECKED)]
     foreign = [f"{place.owner}/{uuid.uuid4()}/a.png", "uploads/notes.txt", f"incoming/{place.owner}/x"]
     for old in (*lost, *foreign, complete.object_key, key):
-        place.bucket.put(old, PICTURE, age_s=2 * DAY_S)
+        place.bucket.put(old)
     for young in fresh:
-        place.bucket.put(young, PICTURE)
+        place.bucket.put(young, age_s=0)
 
     assert await place.sweeper().sweep_orphans() == len(lost)
-    assert place.bucket.keys() == {*fresh, *foreign, complete.object_key, key}
+    assert place.bucket.listing() == {*fresh, *foreign, complete.object_key, key}
 
 
 async def test_a_sweep_goes_on_where_it_stopped(place: Place, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("servicekit.objects.PAGE_MAX", 2)
     monkeypatch.setattr(sweeper, "SWEEP_PAGES", 2)
     for _ in range(9):
-        place.bucket.put(f"{keys.CHECKED}/{place.owner}/{uuid.uuid4()}/lost", PICTURE, age_s=2 * DAY_S)
+        place.bucket.put(f"{keys.CHECKED}/{place.owner}/{uuid.uuid4()}/lost")
     sweeping = place.sweeper()
 
     counts = [await sweeping.sweep_orphans() for _ in range(3)]
 
     assert counts == [4, 4, 1]
-    assert place.bucket.keys() == set()
+    assert place.bucket.listing() == set()
 
 
 # --- what expires --------------------------------------------------------------------------------------------------------------
@@ -806,7 +772,7 @@ async def test_what_expired_is_gone_at_once_and_removed_soon(place: Place):
             assert (await refusal(answer(place.owner, one.upload_id))).code is grpc.StatusCode.NOT_FOUND
     assert await place.sweeper().expire() == 3
     assert [await place.row(one.upload_id) for one in (pending, done, refused)] == [None] * 3
-    assert place.bucket.keys() == {(await place.some(kept.upload_id))["arrival_key"]}
+    assert place.bucket.listing() == {(await place.some(kept.upload_id))["arrival_key"]}
 
 
 async def test_what_is_about_to_expire_is_not_checked_any_more(place: Place):
@@ -827,4 +793,4 @@ async def test_rows_stay_while_the_store_is_away(place: Place, media_away: Objec
 
     assert away.reason == Reason.ERROR_REASON_STORE_FAILED
     assert await place.sweeper().expire() == 1
-    assert place.bucket.keys() == set()
+    assert place.bucket.listing() == set()

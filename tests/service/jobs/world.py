@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import grpc
+import pytest
 import sqlalchemy as sa
 import uuid_utils
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -332,3 +333,16 @@ class World:
         for shard in await self.log.ends():
             found += await self.log.range(shard, Position(0, 0), Position(2**63, 0), 10_000)
         return [event for event in found if event.job_id == str(job_id)]
+
+
+def request(**changes: Any) -> jobs_pb2.CreateJobRequest:
+    """A request that was never made."""
+    fields: dict[str, Any] = {"request_id": str(uuid.uuid4()), "spec": SPEC} | changes
+    return jobs_pb2.CreateJobRequest(**fields)
+
+
+async def refused(call: Awaitable[object]) -> MeshError:
+    """The refusal of a call."""
+    with pytest.raises(MeshError) as raised:
+        await call
+    return raised.value
