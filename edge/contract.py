@@ -17,6 +17,9 @@ from genmesh.options.v1 import options_pb2
 HTTP: Any = annotations_pb2.http
 PUBLISHABLE = (options_pb2.ACCESS_PUBLIC, options_pb2.ACCESS_USER, options_pb2.ACCESS_OPERATOR, options_pb2.ACCESS_ADMIN)
 READ_PREFIXES = ("Get", "List")
+PACKAGE_PREFIX = "genmesh."
+REST_PREFIX = "/v1/"
+"""What is not under these two is no part of the contract: Envoy answers it without asking for a token (`envoy.yaml`, last route)."""
 TIMEOUT_S = 30
 """How long a unary call may take that does not say."""
 HTTP_METHODS = ("get", "put", "post", "delete", "patch")
@@ -60,7 +63,7 @@ class PublicMethod:
 def public_methods(descriptors: Path) -> tuple[PublicMethod, ...]:
     """All methods with a REST binding, in the order of the contract.
 
-    Raises ValueError for a method that is bound to REST but may not be called from outside.
+    Raises ValueError for a method that is bound to REST but may not be called from outside, or that lies where nobody is asked for a token.
     """
     files = descriptor_pb2.FileDescriptorSet.FromString(descriptors.read_bytes())
     return tuple(
@@ -77,8 +80,13 @@ def _public(service: str, method: descriptor_pb2.MethodDescriptorProto) -> Publi
     if access not in PUBLISHABLE:
         raise ValueError(f"{service}.{method.name} has a REST binding but its access is {options_pb2.Access.Name(access)}")
     rule: http_pb2.HttpRule = method.options.Extensions[HTTP]
+    bindings = tuple(_bindings(rule))
+    if not service.startswith(PACKAGE_PREFIX) or not all(binding.path.startswith(REST_PREFIX) for binding in bindings):
+        raise ValueError(
+            f"{service}.{method.name} would be reached outside /{PACKAGE_PREFIX} and {REST_PREFIX}, where no token is asked for"
+        )
     timeout_s = method.options.Extensions[options_pb2.timeout_s] or TIMEOUT_S
-    return PublicMethod(service, method.name, access, method.server_streaming, timeout_s, tuple(_bindings(rule)))
+    return PublicMethod(service, method.name, access, method.server_streaming, timeout_s, bindings)
 
 
 def _bindings(rule: http_pb2.HttpRule) -> Iterator[Binding]:

@@ -26,6 +26,7 @@ EXAMPLES: dict[str, Any] = {
     "apiKeyId": f"{_ID}5",
     "topUpId": f"{_ID}6",
     "auditEntryId": f"{_ID}7",
+    "identityId": f"{_ID}8",
     "actorUserId": f"{_ID}2",
     "packageId": "credits-1000",
     "modelId": "emoji-diffusion",
@@ -92,6 +93,8 @@ EXAMPLES: dict[str, Any] = {
     "AuditEntry.method": "genmesh.credits.v1.LedgerAdminService/GrantCredits",
     "AuditEntry.code": 0,
     "AuditEntry.reason": "",
+    "AuditEntry.reporter": "credit_service",
+    "LinkedIdentity.issuer": "https://accounts.google.com",
     "FieldViolation.field": "spec.image.width",
     "FieldViolation.description": "must be less than or equal to 4096",
     # The rest.

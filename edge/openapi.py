@@ -48,10 +48,10 @@ SHARED_REFUSALS = {
     401: ("Unauthenticated", "UNAUTHENTICATED: no access token or API key, or one that is not good (any more)."),
     403: ("PermissionDenied", "PERMISSION_DENIED: the caller is known but may not do this; of an API key, its scope is missing."),
     404: ("NotFound", "NOT_FOUND: no such resource, or it is somebody else's."),
-    413: ("TooLarge", "RESOURCE_EXHAUSTED: the body is larger than 2 MiB."),
-    429: ("ResourceExhausted", "RESOURCE_EXHAUSTED: a limit on rate was reached; RetryInfo says when to try again."),
+    413: ("TooLarge", "RESOURCE_EXHAUSTED (REQUEST_TOO_LARGE): the body is larger than 2 MiB."),
+    429: ("ResourceExhausted", "RESOURCE_EXHAUSTED: a limit on rate was reached; RetryInfo and `retry-after` say when to try again."),
     500: ("Internal", "INTERNAL: a fault of ours; metadata `error_id` names the log line."),
-    503: ("Unavailable", "UNAVAILABLE: a store or service is out of reach right now; RetryInfo says when to try again."),
+    503: ("Unavailable", "UNAVAILABLE: a store or service is out of reach right now; RetryInfo and `retry-after` say when to try again."),
     504: (
         "DeadlineExceeded",
         "DEADLINE_EXCEEDED: there was no answer in time. It may still have happened: repeat it with the same id.",
@@ -72,8 +72,8 @@ unknown query parameters are refused. A body is at most 2 MiB.
 
 **Errors.** Every answer but 200 is a `Status`. Programs branch on the `reason` of its `ErrorInfo`, never on words.
 
-**Repeating.** A request with a `requestId` is safe to repeat with the same one. Refusals that pass have a `RetryInfo`, which says
-when to try again.
+**Repeating.** A request with a `requestId` is safe to repeat with the same one. Refusals that pass have a `RetryInfo` and a header
+`retry-after`, which say when to try again.
 
 **Streams.** Methods that watch answer with one JSON object a line as things happen; with `accept: text/event-stream`, with
 server-sent events, whose `data` is the object. Resume with the newest `resumeToken`, where there is one.
@@ -139,9 +139,16 @@ class _Writer:
             "components": {
                 "schemas": dict(sorted(self._schemas.by_name.items())),
                 "responses": {
-                    name: {"description": text, "headers": REQUEST_ID, "content": status} for name, text in SHARED_REFUSALS.values()
+                    name: {"description": text, "headers": _headers(number), "content": status}
+                    for number, (name, text) in SHARED_REFUSALS.items()
                 },
-                "headers": {"RequestId": {"description": "Id of the request, which log lines carry too.", "schema": {"type": "string"}}},
+                "headers": {
+                    "RequestId": {"description": "Id of the request, which log lines carry too.", "schema": {"type": "string"}},
+                    "RetryAfter": {
+                        "description": "Seconds until the request may be repeated: RetryInfo, rounded up.",
+                        "schema": {"type": "integer", "minimum": 0},
+                    },
+                },
                 "securitySchemes": {
                     "bearerAuth": {
                         "type": "http",
@@ -242,7 +249,7 @@ class _Writer:
                 words = [*dict.fromkeys(special[status]), *([text.rstrip(".")] if status in statuses else [])]
                 responses[str(status)] = {
                     "description": "\n\n".join(f"{one}." for one in words),
-                    "headers": REQUEST_ID,
+                    "headers": _headers(status),
                     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Status"}}},
                 }
             else:
@@ -260,6 +267,11 @@ class _Writer:
 
 
 REQUEST_ID: Json = {"x-request-id": {"$ref": "#/components/headers/RequestId"}}
+RETRY_AFTER: Json = {"retry-after": {"$ref": "#/components/headers/RetryAfter"}}
+
+
+def _headers(status: int) -> Json:
+    return REQUEST_ID | (RETRY_AFTER if status in (429, 503) else {})
 
 
 def _bindings(method: MethodDescriptor) -> Iterator[tuple[str, str, http_pb2.HttpRule]]:

@@ -14,6 +14,7 @@ from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from genmesh.errors.v1.errors_pb2 import ErrorReason
+from servicekit.errors import SIGN_IN_FIRST
 
 DOMAIN = "genmesh"
 SOON_S = 1
@@ -47,6 +48,12 @@ class Refusal:
     """When the same request may go through."""
     explain: bool = False
     """Whether REST is told Envoy's own words."""
+    limit: str = ""
+    """The name of the limit that was reached."""
+    bound: str = ""
+    """What that limit bounds, for people."""
+    signed_in: bool = False
+    """Whether it takes a token that Envoy has verified before it refused."""
 
 
 _JWT = "jwt_authn_access_denied"
@@ -69,7 +76,7 @@ REFUSALS = (
         401,
         code_pb2.UNAUTHENTICATED,
         ErrorReason.ERROR_REASON_TOKEN_MISSING,
-        "sign in first: this call needs an access token",
+        SIGN_IN_FIRST,
         details=_JWT + "{Jwt_is_missing",
     ),
     Refusal(
@@ -112,17 +119,38 @@ REFUSALS = (
         details=_KEY,
     ),
     Refusal(404, code_pb2.NOT_FOUND, ErrorReason.ERROR_REASON_NOT_FOUND, "no such resource", grpc_code=code_pb2.UNIMPLEMENTED),
-    Refusal(405, code_pb2.UNIMPLEMENTED, ErrorReason.ERROR_REASON_NOT_FOUND, "the resource has no such method"),
-    Refusal(413, code_pb2.RESOURCE_EXHAUSTED, ErrorReason.ERROR_REASON_INVALID_ARGUMENT, "the request is too large"),
+    Refusal(405, code_pb2.UNIMPLEMENTED, ErrorReason.ERROR_REASON_NOT_OFFERED, "the resource has no such method"),
+    Refusal(413, code_pb2.RESOURCE_EXHAUSTED, ErrorReason.ERROR_REASON_REQUEST_TOO_LARGE, "the request is too large"),
     Refusal(
         429,
         code_pb2.RESOURCE_EXHAUSTED,
         ErrorReason.ERROR_REASON_LIMIT_REACHED,
-        "too many wrong API keys from this address",
+        "too many wrong API keys from this address; try again in 1 minute",
         details=_KEY,
         retry_after_s=LATER_S,
+        limit="api_keys",
+        bound="wrong API keys from this address",
     ),
-    Refusal(429, code_pb2.RESOURCE_EXHAUSTED, ErrorReason.ERROR_REASON_LIMIT_REACHED, "too many requests", retry_after_s=SOON_S),
+    # Both buckets refuse in the same words; that of an address is asked before there is a verified token.
+    Refusal(
+        429,
+        code_pb2.RESOURCE_EXHAUSTED,
+        ErrorReason.ERROR_REASON_LIMIT_REACHED,
+        "too many requests of this account; try again in 1 second",
+        retry_after_s=SOON_S,
+        limit="edge.user",
+        bound="requests per second of this account",
+        signed_in=True,
+    ),
+    Refusal(
+        429,
+        code_pb2.RESOURCE_EXHAUSTED,
+        ErrorReason.ERROR_REASON_LIMIT_REACHED,
+        "too many requests from this address; try again in 1 second",
+        retry_after_s=SOON_S,
+        limit="edge.address",
+        bound="requests per second of this address",
+    ),
     Refusal(503, code_pb2.UNAVAILABLE, ErrorReason.ERROR_REASON_UNAVAILABLE, "the service is out of reach right now", retry_after_s=SOON_S),
     Refusal(
         504, code_pb2.DEADLINE_EXCEEDED, ErrorReason.ERROR_REASON_UNAVAILABLE, "the service did not answer in time", retry_after_s=SOON_S
@@ -164,6 +192,9 @@ def _filters(refusal: Refusal) -> list[Json]:
             "expression": f"response.code_details.startsWith('{refusal.details}')",
         }
         filters.append({"extension_filter": {"name": "envoy.access_loggers.extension_filters.cel", "typed_config": cel}})
+    if refusal.signed_in:
+        subject = {"filter": "envoy.filters.http.jwt_authn", "path": [{"key": "token"}, {"key": "sub"}], "value": {"present_match": True}}
+        filters.append({"metadata_filter": {"matcher": subject, "match_if_key_not_found": False}})
     return filters
 
 
@@ -222,9 +253,21 @@ def _set(key: str, value: str, action: str = "OVERWRITE_IF_EXISTS_OR_ADD") -> Js
 def _details(refusal: Refusal) -> list[tuple[Any, Json]]:
     """Each detail as a message and as the fields of its JSON."""
     reason = ErrorReason.Name(refusal.reason)
+    metadata = {"limit": refusal.limit} if refusal.limit else {}
     details: list[tuple[Any, Json]] = [
-        (error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN), {"reason": reason, "domain": DOMAIN, "metadata": {}})
+        (
+            error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata),
+            {"reason": reason, "domain": DOMAIN, "metadata": metadata},
+        )
     ]
+    if refusal.limit:
+        violation = error_details_pb2.QuotaFailure.Violation(subject=refusal.limit, description=refusal.bound)
+        details.append(
+            (
+                error_details_pb2.QuotaFailure(violations=[violation]),
+                {"violations": [{"subject": refusal.limit, "description": refusal.bound}]},
+            )
+        )
     if refusal.retry_after_s is not None:
         delay = duration_pb2.Duration(seconds=refusal.retry_after_s)
         details.append((error_details_pb2.RetryInfo(retry_delay=delay), {"retryDelay": f"{refusal.retry_after_s}s"}))

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ NO_TOKEN: Json = {
         "disabled": True,
     }
 }
+
+_READING: Json = {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}}
 
 # A list item that is nothing but a placeholder becomes as many items as its value has; elsewhere a placeholder becomes its value.
 _PLACEHOLDER = re.compile(r"^(?P<indent> *)- \$(?P<items>[a-z_]+)$|\$(?P<value>[a-z_]+)", re.MULTILINE)
@@ -304,14 +307,21 @@ def _page_routes(settings: EnvoySettings) -> Iterator[Json]:
             yield _page_route(path, file)
         if path == "/docs/index.html":
             yield _page_route("/docs/", file)
-            # Without the slash, the page's own links would lead elsewhere. A relative address, as a redirect of Envoy's would not be:
-            # it knows neither the scheme nor the port that a load balancer is reached by.
-            yield {
-                "match": {"path": "/docs"},
-                "direct_response": {"status": 308},
-                "response_headers_to_add": [{"header": {"key": "location", "value": "/docs/"}, "append_action": "OVERWRITE_IF_EXISTS"}],
-                "typed_per_filter_config": NO_TOKEN,
-            }
+            # Without the slash, the page's own links would lead elsewhere.
+            yield _redirect("/docs", HTTPStatus.PERMANENT_REDIRECT)
+            yield _redirect("/", HTTPStatus.TEMPORARY_REDIRECT)
+
+
+def _redirect(path: str, status: HTTPStatus) -> Json:
+    """To the pages. A relative address, as a redirect of Envoy's would not be: it knows neither the scheme nor the port that a load
+    balancer is reached by.
+    """
+    return {
+        "match": {"path": path, "headers": [_READING]},
+        "direct_response": {"status": status},
+        "response_headers_to_add": [{"header": {"key": "location", "value": "/docs/"}, "append_action": "OVERWRITE_IF_EXISTS"}],
+        "typed_per_filter_config": NO_TOKEN,
+    }
 
 
 def _page_route(path: str, file: Path) -> Json:
@@ -321,7 +331,7 @@ def _page_route(path: str, file: Path) -> Json:
         raise ValueError(f"{file}: its content type is not known")
     headers = {"content-type": content_type, "cache-control": PAGE_CACHE, "content-security-policy": PAGE_POLICY}
     return {
-        "match": {"path": path, "headers": [{"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}}]},
+        "match": {"path": path, "headers": [_READING]},
         "direct_response": {"status": 200, "body": {"filename": str(file.absolute())}},
         "response_headers_to_add": [
             {"header": {"key": key, "value": value}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"} for key, value in headers.items()

@@ -35,8 +35,8 @@ class EnvoySettings(Settings):
     """
 
     listen_host: str = Field("0.0.0.0", description="Address the two public listeners bind to")  # noqa: S104  # the edge is the public door
-    edge_port: Port = Field(8080, description="Public port, plaintext HTTP/1.1 and HTTP/2")
-    edge_tls_port: Port = Field(8443, description="Public port, TLS")
+    edge_port: Port = Field(8080, description="Public port, plaintext HTTP/1.1 and HTTP/2; 0: chosen free")
+    edge_tls_port: Port = Field(8443, description="Public port, TLS; 0: chosen free")
     admin_host: str = Field("127.0.0.1", min_length=1, description="Address of Envoy's admin interface; it knows no passwords")
     admin_port: Port = Field(9901, description="Envoy's admin interface: health, `/stats/prometheus`")
     certificates_dir: Path = Field(

@@ -1,4 +1,4 @@
-"""What people do with accounts: register, sign in, link, refresh, sign out, look, list. Each is one or two short transactions.
+"""What people do with accounts: register, sign in, link, unlink, refresh, sign out, look, list. Each is one or two short transactions.
 
 The rules are in `identity`, the SQL in `store`; no connection is held while a password is hashed or an identity provider asked.
 """
@@ -15,7 +15,7 @@ from uuid_utils.compat import uuid7
 
 from gateway import identity, store
 from gateway.breached import BreachedPasswords
-from gateway.identity import Account, ExternalIdentity, RefreshDecision
+from gateway.identity import Account, ExternalIdentity, LinkedIdentity, RefreshDecision
 from gateway.oidc import Code, Proof, Providers
 from gateway.passwords import Passwords
 from gateway.revocations import revoke
@@ -23,7 +23,7 @@ from gateway.throttle import Throttle, client_network
 from gateway.tokens import SigningKeys
 from servicekit import audit, paging
 from servicekit.database import reading, transaction
-from servicekit.errors import MeshError, Reason, invalid, not_found, permission_denied, unauthenticated
+from servicekit.errors import MeshError, Reason, invalid, not_found, permission_denied, precondition, unauthenticated
 from servicekit.identity import ROLE_ADMIN
 
 PAGES_OF = b"users"
@@ -44,7 +44,7 @@ class TokenPolicy:
     refresh_token_ttl: timedelta
     session_ttl: timedelta
     recent_sign_in: timedelta
-    """What outlives a session is done only so soon after it began."""
+    """How an account is signed in to is changed only so soon after the session that does it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Accounts:
         An account that is there keeps its password and roles: somebody else may have registered it.
         """
         email = identity.canonical_email(email)
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             existing = await store.get_user_by_email(connection, email)
         if existing is None:
             made = await self._insert(email, password, "", roles=(ROLE_ADMIN,))
@@ -192,32 +192,62 @@ class Accounts:
     async def link(self, user_id: uuid.UUID, session_id: uuid.UUID | None, proof: Proof, *, client_address: str) -> None:
         """Let an account be signed in to through another identity provider from now on. The same link again is no error.
 
-        A link outlives the session that makes it, so that has to be a young one: a stolen access or refresh token is not enough.
-
         Raises UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED, ALREADY_EXISTS (IDENTITY_TAKEN), UNIMPLEMENTED (NOT_OFFERED),
         RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
         """
         audit.about(credential=proof.name)
-        async with reading(self._engine) as connection:
-            age = await store.session_age(connection, session_id, user_id=user_id) if session_id is not None else None
-        if age is None or age > self._policy.recent_sign_in:
-            raise permission_denied("to link an identity, sign in again and do it soon after")
+        await self._require_recent_sign_in(user_id, session_id)
         async with self._guarded(proof, client_network(client_address)):
             proven = await self._providers.prove(proof)
         audit.about(issuer=proven.issuer, external_subject=proven.subject)
         async with transaction(self._engine) as connection:
-            account = await store.share_user(connection, user_id)
-            if account is None:
-                raise not_found("account")
-            identity.require_enabled(account)
+            account = identity.require_enabled(await store.share_user(connection, user_id))
             await store.lock_identity(connection, proven.issuer, proven.subject)
             owner = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
-            if owner is None and await store.insert_identity(connection, issuer=proven.issuer, subject=proven.subject, user_id=user_id):
+            if owner is None:
+                identity_id = await store.insert_identity(connection, issuer=proven.issuer, subject=proven.subject, user_id=account.user_id)
+                if identity_id is None:
+                    raise _identity_taken("this account has another identity there: unlink that first")
+                audit.about(subject=str(identity_id))
                 _log.info("identity.linked", user_id=str(user_id), issuer=proven.issuer)
-                return
-        if owner is None or owner.user_id != user_id:
-            message = "this account has another identity there" if owner is None else "this identity belongs to another account"
-            raise MeshError(grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_IDENTITY_TAKEN, message)
+            elif owner.user_id != user_id:
+                raise _identity_taken("this identity belongs to another account")
+
+    async def list_identities(self, user_id: uuid.UUID) -> list[LinkedIdentity]:
+        """The identities that an account can be signed in to with, oldest first."""
+        async with reading(self._engine) as connection:
+            return await store.list_identities(connection, user_id)
+
+    async def unlink(self, user_id: uuid.UUID, session_id: uuid.UUID | None, identity_id: uuid.UUID) -> None:
+        """Let an account be signed in to with an identity no more. Sessions that began with it go on.
+
+        Raises PERMISSION_DENIED, NOT_FOUND, FAILED_PRECONDITION (LAST_IDENTITY).
+        """
+        await self._require_recent_sign_in(user_id, session_id)
+        async with transaction(self._engine) as connection:
+            # Not shared: of two that unlink at once, the second sees what the first left.
+            identity.require_enabled(await store.lock_user(connection, user_id))
+            linked = await store.list_identities(connection, user_id)
+            found = next((one for one in linked if one.identity_id == identity_id), None)
+            if found is None:
+                raise not_found("identity")
+            audit.about(issuer=found.issuer, external_subject=found.subject)
+            if len(linked) == 1 and not await store.has_password(connection, user_id):
+                raise precondition(
+                    Reason.ERROR_REASON_LAST_IDENTITY, "there is no other way to sign in to this account: link another identity first"
+                )
+            await store.delete_identity(connection, identity_id)
+        _log.info("identity.unlinked", user_id=str(user_id), issuer=found.issuer)
+
+    async def _require_recent_sign_in(self, user_id: uuid.UUID, session_id: uuid.UUID | None) -> None:
+        """Raise PERMISSION_DENIED unless the session is a young one of the account, and goes on.
+
+        How an account is signed in to outlives the session that changes it: a stolen access or refresh token is not enough.
+        """
+        async with reading(self._engine) as connection:
+            age = await store.session_age(connection, session_id, user_id=user_id) if session_id is not None else None
+        if age is None or age > self._policy.recent_sign_in:
+            raise permission_denied("to change how this account is signed in to, sign in again and do it soon after")
 
     async def refresh(self, refresh_token: str, *, client_address: str) -> Tokens:
         """Change a refresh token for new tokens.
@@ -258,18 +288,14 @@ class Accounts:
 
     async def get(self, user_id: uuid.UUID) -> Account:
         """An account. Raises NOT_FOUND, PERMISSION_DENIED (ACCOUNT_DISABLED)."""
-        async with transaction(self._engine) as connection:
-            account = await store.get_user(connection, user_id)
-        if account is None:
-            raise not_found("account")
-        identity.require_enabled(account)
-        return account
+        async with reading(self._engine) as connection:
+            return identity.require_enabled(await store.get_user(connection, user_id))
 
     async def list_page(self, *, page_size: int, page_token: str, email: str) -> Page:
         """A page of all accounts, newest first; with `email`, of the one account with that address."""
         limit = paging.page_limit(page_size)
         before = paging.decode_token(page_token, PAGES_OF, length=paging.ID_BYTES)
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             if email:
                 account = await store.get_user_by_email(connection, identity.canonical_email(email))
                 return Page([account] if account else [], "")
@@ -280,7 +306,7 @@ class Accounts:
         """A page of the accounts that are not disabled, oldest first."""
         limit = paging.page_limit(page_size)
         after = paging.decode_token(page_token, PAGES_OF_MEMBERS, length=paging.ID_BYTES)
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             accounts = await store.list_enabled_users(connection, after=uuid.UUID(bytes=after) if after else None, limit=limit + 1)
         return _page(accounts, limit, PAGES_OF_MEMBERS)
 
@@ -316,13 +342,10 @@ class Accounts:
         return account
 
     async def _start_session(self, connection: AsyncConnection, user_id: uuid.UUID, client: str) -> _Session:
-        # Read again, and kept from changing until the session is there: who disables an account ends all the sessions it has.
-        account = await store.share_user(connection, user_id)
-        if account is None:
-            raise not_found("account")
-        # Only now: whether an account is disabled is its owner's to know.
         audit.about(subject=str(user_id))
-        identity.require_enabled(account)
+        # Read again, and kept from changing until the session is there: who disables an account ends all the sessions it has.
+        # And only now: whether an account is disabled is its owner's to know.
+        account = identity.require_enabled(await store.share_user(connection, user_id))
         session_id, refresh_token = uuid7(), identity.new_refresh_token()
         await store.insert_session(connection, session_id=session_id, user_id=user_id, client_network=client, ttl=self._policy.session_ttl)
         await self._insert_refresh_token(connection, session_id, refresh_token)
@@ -389,6 +412,10 @@ class Accounts:
 
 def _email_taken(message: str) -> MeshError:
     return MeshError(grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_EMAIL_TAKEN, message)
+
+
+def _identity_taken(message: str) -> MeshError:
+    return MeshError(grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_IDENTITY_TAKEN, message)
 
 
 def _page(accounts: list[Account], limit: int, pages_of: bytes) -> Page:

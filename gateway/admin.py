@@ -69,9 +69,10 @@ class Administration:
     ) -> tuple[Account, Account]:
         """The account before and after. Raises what `update` does; _TooSoonError, then nothing is changed."""
         async with transaction(self._engine) as connection:
-            before = account = await store.lock_user(connection, user_id)
-            if before is None or account is None:
+            before = await store.lock_user(connection, user_id)
+            if before is None:
                 raise not_found("account")
+            account = before
             roles = before.roles if roles is None else tuple(sorted(roles))
             disabled = before.disabled if disabled is None else disabled
             if _administers(before.roles, disabled=before.disabled) and not _administers(roles, disabled=disabled):

@@ -33,6 +33,7 @@ def audit_entry_message(row: AuditRow) -> identity_pb2.AuditEntry:
         details=row.details,
         code=row.code,
         reason=row.reason or "",
+        reporter=row.reporter or "",
     )
 
 

@@ -28,8 +28,9 @@ from gateway.tokens import SigningKeys
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from servicekit import audit, paging
 from servicekit.client import call_metadata
-from servicekit.database import transaction, translate
+from servicekit.database import reading, transaction, translate
 from servicekit.errors import MeshError, Reason, from_rpc_error, not_found, unauthenticated
+from servicekit.interceptors import CLIENT_ADDRESS
 
 WORKING_KEYS_MAX = 100
 """Keys of an account that are neither revoked nor expired."""
@@ -69,11 +70,13 @@ class Ceilings:
         self._stub = credits_pb2_grpc.CreditsServiceStub(channel)
         self._timeout_s = timeout_s
 
-    async def set(self, api_key_id: uuid.UUID, *, daily: int | None, monthly: int | None, authorization: str) -> None:
-        """Bound a key in the name of the caller, whose `authorization` is sent along; amounts in millicredits. Raises what
-        credit_service refuses with, UNAVAILABLE."""
+    async def set(self, api_key_id: uuid.UUID, *, daily: int | None, monthly: int | None, authorization: str, client_address: str) -> None:
+        """Bound a key in the name of the caller, whose `authorization` and address are sent along; amounts in millicredits.
+
+        Raises what credit_service refuses with, UNAVAILABLE.
+        """
         request = credits_pb2.SetKeyCeilingRequest(api_key_id=str(api_key_id), daily_millicredits=daily, monthly_millicredits=monthly)
-        metadata = [*call_metadata(), ("authorization", authorization)]
+        metadata = [*call_metadata(), ("authorization", authorization), (CLIENT_ADDRESS, client_address)]
         try:
             await self._stub.SetKeyCeiling(request, metadata=metadata, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -111,14 +114,17 @@ class ApiKeys:
 
     # --- for owners
 
-    async def create(self, user_id: uuid.UUID, wanted: NewApiKey, *, authorization: str) -> tuple[ApiKey, str]:
-        """Make a key; the key and its secret, which is nowhere else. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
+    async def create(self, user_id: uuid.UUID, wanted: NewApiKey, *, authorization: str, client_address: str) -> tuple[ApiKey, str]:
+        """Make a key; the key and its secret, which is nowhere else.
 
         Its ceilings are set first, with the caller's own `authorization`: there is no moment in which it may spend without.
+
+        Raises RESOURCE_EXHAUSTED (LIMIT_REACHED), PERMISSION_DENIED (ACCOUNT_DISABLED), NOT_FOUND (no such account), UNAVAILABLE.
         """
         api_key_id = uuid7()
         secret, prefix = new_secret()
-        async with transaction(self._engine) as connection:
+        audit.about(subject=str(api_key_id), prefix=prefix, scopes=",".join(wanted.scopes))
+        async with reading(self._engine) as connection:
             _require_room(await store.count_working_api_keys(connection, user_id))
         if wanted.daily_ceiling_millicredits is not None or wanted.monthly_ceiling_millicredits is not None:
             await self._ceilings.set(
@@ -126,12 +132,10 @@ class ApiKeys:
                 daily=wanted.daily_ceiling_millicredits,
                 monthly=wanted.monthly_ceiling_millicredits,
                 authorization=authorization,
+                client_address=client_address,
             )
         async with transaction(self._engine) as connection:
-            account = await store.lock_user(connection, user_id)
-            if account is None:
-                raise not_found("account")
-            identity.require_enabled(account)
+            identity.require_enabled(await store.lock_user(connection, user_id))
             # Again, under the lock: of several at once only so many find room.
             _require_room(await store.count_working_api_keys(connection, user_id))
             key = await store.insert_api_key(
@@ -144,8 +148,6 @@ class ApiKeys:
                 scopes=wanted.scopes,
                 expire_time=wanted.expire_time,
             )
-        # Not the subject: the entry was begun before the key had an id.
-        audit.about(api_key_id=str(api_key_id), prefix=prefix, scopes=",".join(wanted.scopes))
         _log.info("api_key.made", user_id=str(user_id), api_key_id=str(api_key_id), scopes=wanted.scopes)
         return key, secret
 
@@ -154,7 +156,7 @@ class ApiKeys:
         limit = paging.page_limit(page_size)
         query = PAGES_OF + user_id.bytes
         before = paging.decode_token(page_token, query, length=paging.ID_BYTES)
-        async with transaction(self._engine) as connection:
+        async with reading(self._engine) as connection:
             keys = await store.list_api_keys(connection, user_id, before=uuid.UUID(bytes=before) if before else None, limit=limit + 1)
         more = len(keys) > limit
         keys = keys[:limit]

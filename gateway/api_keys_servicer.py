@@ -9,7 +9,7 @@ from gateway.api_keys import ApiKeys, NewApiKey
 from gateway.messages import moment, timestamp
 from gateway.store import ApiKey
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
-from servicekit.identity import current_user_id
+from servicekit.identity import current_principal, current_user_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -45,7 +45,12 @@ class ApiKeysServicer(identity_pb2_grpc.IdentityServiceServicer):
             monthly_ceiling_millicredits=request.monthly_ceiling_millicredits if request.HasField("monthly_ceiling_millicredits") else None,
         )
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        key, secret = await self.api_keys.create(uuid.UUID(current_user_id()), wanted, authorization=metadata["authorization"])
+        key, secret = await self.api_keys.create(
+            uuid.UUID(current_user_id()),
+            wanted,
+            authorization=metadata["authorization"],
+            client_address=current_principal().client_address,
+        )
         return identity_pb2.CreateApiKeyResponse(api_key=api_key_message(key), secret=secret)
 
     async def ListApiKeys(self, request: identity_pb2.ListApiKeysRequest, context: Context) -> identity_pb2.ListApiKeysResponse:

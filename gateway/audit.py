@@ -75,12 +75,13 @@ class AuditLog:
                     audit_entry_id=audit_entry_id,
                     code=_code(entry.code),
                     reason=_text(entry.reason, REASON_MAX),
+                    subject="",
                     details={},
                     reporter=reporter,
                 )
 
     async def finish(self, entry: AuditEntry, *, reporter: str = OWN) -> None:
-        """Write down how the act of an entry ended; the first outcome stays.
+        """Write down how the act of an entry ended, and what it was done to if the entry does not say; the first outcome stays.
 
         Raises INVALID_ARGUMENT, NOT_FOUND where `reporter` began no such entry.
         """
@@ -90,6 +91,7 @@ class AuditLog:
                 audit_entry_id=_id(entry.audit_entry_id, "audit_entry_id"),
                 code=_code(entry.code or 0),
                 reason=_text(entry.reason, REASON_MAX),
+                subject=_text(entry.subject, SUBJECT_MAX),
                 details=_details(entry.details),
                 reporter=reporter,
             )

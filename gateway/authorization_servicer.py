@@ -11,10 +11,10 @@ from ext_authz import external_auth_pb2, external_auth_pb2_grpc
 from gateway.authorization import KeyTokens
 from servicekit.database import translate
 from servicekit.errors import MeshError, Reason, invalid
+from servicekit.interceptors import CLIENT_ADDRESS
 
 API_KEY = "x-api-key"
 AUTHORIZATION = "authorization"
-CLIENT_ADDRESS = "x-client-address"
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
     grpc.StatusCode.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from servicekit.errors import MeshError, Reason, invalid, permission_denied, unauthenticated
+from servicekit.errors import MeshError, Reason, invalid, not_found, permission_denied, unauthenticated
 
 PASSWORD_LENGTH_MIN = 10
 PLAN_FREE = "PLAN_FREE"
@@ -45,6 +45,16 @@ class ExternalIdentity:
     display_name: str
 
 
+@dataclass(frozen=True, slots=True)
+class LinkedIdentity:
+    """An identity of another provider that an account can be signed in to with."""
+
+    identity_id: uuid.UUID
+    issuer: str
+    subject: str
+    create_time: datetime
+
+
 def canonical_email(email: str, field: str = "email") -> str:
     """The one form in which an address is stored and looked up. Raises INVALID_ARGUMENT for what PostgreSQL cannot hold."""
     if "\0" in email:
@@ -63,10 +73,13 @@ def external_display_name(proven: ExternalIdentity) -> str:
     return display_name_or_default(name, proven.email)
 
 
-def require_enabled(account: Account) -> None:
-    """Raise PERMISSION_DENIED (ACCOUNT_DISABLED) for a disabled account."""
+def require_enabled(account: Account | None) -> Account:
+    """The account as it is. Raises NOT_FOUND if there is none, PERMISSION_DENIED (ACCOUNT_DISABLED)."""
+    if account is None:
+        raise not_found("account")
     if account.disabled:
         raise permission_denied("this account is disabled", Reason.ERROR_REASON_ACCOUNT_DISABLED)
+    return account
 
 
 def access_claims(

@@ -80,6 +80,7 @@ class AuditServicer(identity_pb2_grpc.AuditServiceServicer):
                 method="",
                 code=request.code,
                 reason=request.reason,
+                subject=request.subject,
                 details=dict(request.details),
             ),
             reporter=_reporter(),

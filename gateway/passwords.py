@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import argon2
-import grpc
 from argon2.exceptions import VerifyMismatchError
 
-from servicekit.errors import MeshError, Reason
+from servicekit.errors import limit_reached
 
 BUSY_RETRY_AFTER_S = 1.0
 
@@ -73,12 +72,7 @@ class Passwords:
     async def _run(self, work: Callable[[], T], client: str | None) -> T:
         # Nobody, with however many accounts, takes all the places.
         if self._pending >= self._pending_max or (client is not None and self._pending_of[client] >= self._client_max):
-            raise MeshError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                Reason.ERROR_REASON_LIMIT_REACHED,
-                "too many people are signing in right now; try again",
-                retry_after_s=BUSY_RETRY_AFTER_S,
-            )
+            raise limit_reached("passwords", "too many people are signing in right now", retry_after_s=BUSY_RETRY_AFTER_S)
         self._pending += 1
         if client is not None:
             self._pending_of[client] += 1

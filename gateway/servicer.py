@@ -9,7 +9,7 @@ from gateway import cookies
 from gateway.accounts import Accounts, Tokens
 from gateway.api_keys import ApiKeys
 from gateway.api_keys_servicer import ApiKeysServicer
-from gateway.identity import Account
+from gateway.identity import Account, LinkedIdentity
 from gateway.messages import timestamp, user_message
 from gateway.oidc import SCOPE, Code, IdToken, Proof, Providers
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
@@ -99,10 +99,10 @@ class IdentityServicer(ApiKeysServicer):
             return identity_pb2.SignOutResponse()
         cookie = cookies.refresh_token(context.invocation_metadata())
         ended = cookie != "" and await self._accounts.sign_out(user_id, refresh_token=cookie)
-        session_id = current_principal().session_id
+        session_id = _session_id()
         # A cookie that is stale, or another account's, must not keep this one signed in.
         if not ended and session_id is not None:
-            await self._accounts.sign_out_session(user_id, uuid.UUID(session_id))
+            await self._accounts.sign_out_session(user_id, session_id)
         if cookie:
             await context.send_initial_metadata((cookies.forget(),))
         return identity_pb2.SignOutResponse()
@@ -114,14 +114,18 @@ class IdentityServicer(ApiKeysServicer):
 
     async def LinkIdentity(self, request: identity_pb2.LinkIdentityRequest, context: Context) -> identity_pb2.LinkIdentityResponse:
         """See the proto."""
-        session_id = current_principal().session_id
-        await self._accounts.link(
-            uuid.UUID(current_user_id()),
-            uuid.UUID(session_id) if session_id is not None else None,
-            _proof(request),
-            client_address=_client_address(),
-        )
+        await self._accounts.link(uuid.UUID(current_user_id()), _session_id(), _proof(request), client_address=_client_address())
         return identity_pb2.LinkIdentityResponse()
+
+    async def ListIdentities(self, request: identity_pb2.ListIdentitiesRequest, context: Context) -> identity_pb2.ListIdentitiesResponse:
+        """See the proto."""
+        linked = await self._accounts.list_identities(uuid.UUID(current_user_id()))
+        return identity_pb2.ListIdentitiesResponse(identities=map(_linked_identity, linked))
+
+    async def UnlinkIdentity(self, request: identity_pb2.UnlinkIdentityRequest, context: Context) -> identity_pb2.UnlinkIdentityResponse:
+        """See the proto."""
+        await self._accounts.unlink(uuid.UUID(current_user_id()), _session_id(), uuid.UUID(request.identity_id))
+        return identity_pb2.UnlinkIdentityResponse()
 
     async def _send_metadata(self, context: Context, tokens: Tokens, *, in_cookie: bool) -> None:
         """The last thing of a call: it goes out at once, and with a cookie in it the client has what it came for."""
@@ -132,6 +136,15 @@ class IdentityServicer(ApiKeysServicer):
 
 def _client_address() -> str:
     return current_principal().client_address
+
+
+def _session_id() -> uuid.UUID | None:
+    session_id = current_principal().session_id
+    return uuid.UUID(session_id) if session_id is not None else None
+
+
+def _linked_identity(linked: LinkedIdentity) -> identity_pb2.LinkedIdentity:
+    return identity_pb2.LinkedIdentity(identity_id=str(linked.identity_id), issuer=linked.issuer, create_time=timestamp(linked.create_time))
 
 
 def _proof(request: identity_pb2.SignInRequest | identity_pb2.LinkIdentityRequest) -> Proof:

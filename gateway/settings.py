@@ -88,7 +88,9 @@ class GatewaySettings(ServerSettings, DatabaseSettings, RedisSettings, SigningKe
     sign_ins_max: int = Field(
         1200, ge=1, description="Sign-ins and refreshes of one account from one client address an hour, those that succeed"
     )
-    recent_sign_in_s: int = Field(900, ge=1, description="How soon after its sign-in a session may link another identity to its account")
+    recent_sign_in_s: int = Field(
+        900, ge=1, description="How soon after its sign-in a session may link identities to its account and unlink them"
+    )
     registrations_max: int = Field(600, ge=1, description="Attempts to register from one client address an hour")
 
     @field_validator("google_redirect_uris")

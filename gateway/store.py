@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.identity import Account, RefreshState
+from gateway.identity import Account, LinkedIdentity, RefreshState
 from gateway.tables import api_keys, audit_entries, audit_outcomes, identities, passwords, refresh_tokens, revocations, sessions, users
 
 
@@ -147,10 +147,29 @@ async def get_user_by_identity(connection: AsyncConnection, issuer: str, subject
     return _account(row) if row else None
 
 
-async def insert_identity(connection: AsyncConnection, *, issuer: str, subject: str, user_id: uuid.UUID) -> bool:
-    """Give an identity to an account; False if it is another's, or the account has one of that issuer."""
+async def insert_identity(connection: AsyncConnection, *, issuer: str, subject: str, user_id: uuid.UUID) -> uuid.UUID | None:
+    """Give an identity to an account; the id of the link, None if it is another's, or the account has one of that issuer."""
     made = insert(identities).values(issuer=issuer, subject=subject, user_id=user_id).on_conflict_do_nothing()
-    return (await connection.execute(made)).rowcount == 1
+    return (await connection.execute(made.returning(identities.c.identity_id))).scalar_one_or_none()
+
+
+async def list_identities(connection: AsyncConnection, user_id: uuid.UUID) -> list[LinkedIdentity]:
+    """The identities of an account, one an issuer at most, oldest first."""
+    query = identities.select().where(identities.c.user_id == user_id).order_by(identities.c.create_time, identities.c.identity_id)
+    return [
+        LinkedIdentity(identity_id=row.identity_id, issuer=row.issuer, subject=row.subject, create_time=row.create_time)
+        for row in await connection.execute(query)
+    ]
+
+
+async def delete_identity(connection: AsyncConnection, identity_id: uuid.UUID) -> None:
+    """Take an identity from its account."""
+    await connection.execute(identities.delete().where(identities.c.identity_id == identity_id))
+
+
+async def has_password(connection: AsyncConnection, user_id: uuid.UUID) -> bool:
+    """Whether an account can be signed in to with a password."""
+    return bool((await connection.execute(sa.select(sa.exists().where(passwords.c.user_id == user_id)))).scalar_one())
 
 
 async def insert_session(
@@ -245,8 +264,10 @@ async def session_owner(connection: AsyncConnection, session_id: uuid.UUID) -> u
 
 
 async def session_age(connection: AsyncConnection, session_id: uuid.UUID, *, user_id: uuid.UUID) -> timedelta | None:
-    """How long ago a session of this user began."""
-    query = sa.select(sa.func.now() - sessions.c.create_time).where(sessions.c.session_id == session_id, sessions.c.user_id == user_id)
+    """How long ago a session of this user began that has not been ended."""
+    query = sa.select(sa.func.now() - sessions.c.create_time).where(
+        sessions.c.session_id == session_id, sessions.c.user_id == user_id, sessions.c.end_time.is_(None)
+    )
     return (await connection.execute(query)).scalar_one_or_none()
 
 
@@ -486,7 +507,7 @@ async def mark_api_keys_used(connection: AsyncConnection, api_key_ids: Sequence[
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """An entry of the audit trail; `code` and `reason` are None while its outcome is not known."""
+    """An entry of the audit trail; `code` and `reason` are None while its outcome is not known, `reporter` where it never will be."""
 
     audit_entry_id: uuid.UUID
     act_time: datetime
@@ -500,6 +521,7 @@ class AuditRow:
     details: Mapping[str, str]
     code: int | None
     reason: str | None
+    reporter: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -548,15 +570,27 @@ async def insert_audit_entry(
 
 
 async def insert_audit_outcome(
-    connection: AsyncConnection, *, audit_entry_id: uuid.UUID, code: int, reason: str, details: Mapping[str, str], reporter: str
+    connection: AsyncConnection,
+    *,
+    audit_entry_id: uuid.UUID,
+    code: int,
+    reason: str,
+    subject: str,
+    details: Mapping[str, str],
+    reporter: str,
 ) -> bool:
-    """Write down how an act ended, unless that is known; False if this reporter wrote no such entry."""
-    entry = sa.select(audit_entries.c.audit_entry_id, sa.literal(code), sa.literal(reason), sa.literal(dict(details), type_=JSONB)).where(
-        audit_entries.c.audit_entry_id == audit_entry_id, audit_entries.c.reporter == reporter
-    )
+    """Write down how an act ended, unless that is known; False if this reporter wrote no such entry. The subject of an entry stays."""
+    entry = sa.select(
+        audit_entries.c.audit_entry_id,
+        audit_entries.c.act_time,
+        sa.literal(code),
+        sa.literal(reason),
+        sa.case((audit_entries.c.subject == "", subject), else_=""),
+        sa.literal(dict(details), type_=JSONB),
+    ).where(audit_entries.c.audit_entry_id == audit_entry_id, audit_entries.c.reporter == reporter)
     inserted = await connection.execute(
         insert(audit_outcomes)
-        .from_select(["audit_entry_id", "code", "reason", "details"], entry)
+        .from_select(["audit_entry_id", "act_time", "code", "reason", "subject", "details"], entry)
         .on_conflict_do_nothing(index_elements=[audit_outcomes.c.audit_entry_id])
     )
     return bool(inserted.rowcount) or await _reported(connection, audit_entry_id, reporter)
@@ -571,24 +605,17 @@ async def list_audit_entries(
     connection: AsyncConnection, selection: AuditFilter, *, before: tuple[datetime, uuid.UUID] | None, limit: int
 ) -> list[AuditRow]:
     """Entries with their outcomes from newest to oldest, those before the entry `before`."""
-    query = (
-        sa.select(audit_entries, audit_outcomes.c.code, audit_outcomes.c.reason, audit_outcomes.c.details.label("outcome_details"))
-        .outerjoin(audit_outcomes, audit_outcomes.c.audit_entry_id == audit_entries.c.audit_entry_id)
-        .order_by(audit_entries.c.act_time.desc(), audit_entries.c.audit_entry_id.desc())
-        .limit(limit)
-    )
-    if selection.actor_user_id is not None:
-        query = query.where(audit_entries.c.actor_user_id == selection.actor_user_id)
+    query = _audit_query(audit_entries, selection, before=before, limit=limit)
     if selection.subject:
-        query = query.where(audit_entries.c.subject == selection.subject)
-    if selection.method:
-        query = query.where(audit_entries.c.method == selection.method)
-    if selection.start_time is not None:
-        query = query.where(audit_entries.c.act_time >= selection.start_time)
-    if selection.end_time is not None:
-        query = query.where(audit_entries.c.act_time < selection.end_time)
-    if before is not None:
-        query = query.where(sa.tuple_(audit_entries.c.act_time, audit_entries.c.audit_entry_id) < sa.tuple_(*before))
+        # Each half along an index of its own. No entry is in both: outcomes have a subject only where entries have none.
+        both = sa.union_all(
+            query.where(audit_entries.c.subject == selection.subject),
+            _audit_query(audit_outcomes, selection, before=before, limit=limit).where(
+                audit_outcomes.c.subject == selection.subject,
+                audit_outcomes.c.subject != "",  # the index is of these alone, and a plan for any value cannot tell
+            ),
+        ).subquery()
+        query = sa.select(both).order_by(both.c.act_time.desc(), both.c.audit_entry_id.desc()).limit(limit)
     return [
         AuditRow(
             audit_entry_id=row.audit_entry_id,
@@ -597,15 +624,46 @@ async def list_audit_entries(
             actor_api_key_id=row.actor_api_key_id,
             actor_service=row.actor_service,
             method=row.method,
-            subject=row.subject,
+            subject=row.subject or row.outcome_subject or "",
             client_address=row.client_address,
             request_id=row.request_id,
             details={**row.details, **(row.outcome_details or {})},
             code=row.code,
             reason=row.reason,
+            reporter=row.reporter,
         )
         for row in await connection.execute(query)
     ]
+
+
+def _audit_query(
+    ordered: sa.Table, selection: AuditFilter, *, before: tuple[datetime, uuid.UUID] | None, limit: int
+) -> sa.Select[tuple[Any, ...]]:
+    """Entries with their outcomes, but for the subject as selected, in the order of `ordered`: the table of either."""
+    act_time, audit_entry_id = ordered.c.act_time, ordered.c.audit_entry_id
+    query: sa.Select[tuple[Any, ...]] = (
+        sa.select(
+            audit_entries,
+            audit_outcomes.c.code,
+            audit_outcomes.c.reason,
+            audit_outcomes.c.subject.label("outcome_subject"),
+            audit_outcomes.c.details.label("outcome_details"),
+        )
+        .outerjoin(audit_outcomes, audit_outcomes.c.audit_entry_id == audit_entries.c.audit_entry_id)
+        .order_by(act_time.desc(), audit_entry_id.desc())
+        .limit(limit)
+    )
+    if selection.actor_user_id is not None:
+        query = query.where(audit_entries.c.actor_user_id == selection.actor_user_id)
+    if selection.method:
+        query = query.where(audit_entries.c.method == selection.method)
+    if selection.start_time is not None:
+        query = query.where(act_time >= selection.start_time)
+    if selection.end_time is not None:
+        query = query.where(act_time < selection.end_time)
+    if before is not None:
+        query = query.where(sa.tuple_(act_time, audit_entry_id) < sa.tuple_(*before))
+    return query
 
 
 # --- revocations

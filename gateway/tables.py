@@ -38,7 +38,10 @@ identities = sa.Table(
     sa.Column("subject", sa.Text, primary_key=True),
     sa.Column("user_id", sa.Uuid, sa.ForeignKey("users.user_id", ondelete="CASCADE"), nullable=False),
     sa.Column("create_time", sa.TIMESTAMP(timezone=True), nullable=False, server_default=sa.func.now()),
+    # What owners call the link by; who somebody is elsewhere is theirs and the trail's to know.
+    sa.Column("identity_id", sa.Uuid, nullable=False, server_default=sa.func.gen_random_uuid()),
     sa.UniqueConstraint("user_id", "issuer", name="identities_user_id_issuer_key"),
+    sa.Index("ix_identities_identity_id", "identity_id", unique=True),
 )
 
 sessions = sa.Table(
@@ -117,6 +120,10 @@ audit_outcomes = sa.Table(
     sa.Column("code", sa.Integer, nullable=False),
     sa.Column("reason", sa.Text, nullable=False),
     sa.Column("details", JSONB, nullable=False),
+    # Empty where the entry has one, which counts. `act_time` is the entry's; NULL: written by a gateway that knew neither.
+    sa.Column("subject", sa.Text, nullable=False, server_default=""),
+    sa.Column("act_time", sa.TIMESTAMP(timezone=True)),
+    sa.Index("ix_audit_outcomes_subject", "subject", "act_time", "audit_entry_id", postgresql_where=sa.text("subject <> ''")),
 )
 
 revocations = sa.Table(

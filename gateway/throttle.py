@@ -29,6 +29,16 @@ IPV6_CLIENT_PREFIX = 64
 WAITING_MAX = 16
 """Sign-ins of one client to one account that wait for each other."""
 WAITING_RETRY_AFTER_S = 1.0
+WORDS = {
+    "registrations": "new accounts from this address",
+    "sign_ins": "sign-ins to this account from this address",
+    "sign_in": "failed sign-ins to this account from this address",
+    "sign_in_account": "failed sign-ins to this account",
+    "sign_in_client": "failed sign-ins from this address",
+    "refresh_client": "wrong refresh tokens from this address",
+    "api_keys": "wrong API keys from this address",
+}
+"""What the limits count, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +76,11 @@ class Throttle:
 
     async def registration(self, client: str) -> None:
         """Count a registration, which also tells whether an address has an account. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
-        await self._limiter.hit(f"{self._limits.registrations_client_hour}/hour", "registrations", client)
+        await self._hit(self._limits.registrations_client_hour, "registrations", client)
 
     async def success(self, account: str, client: str) -> None:
         """Count a proof that is right, before anything is made of it. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
-        await self._limiter.hit(f"{self._limits.successes_account_client_hour}/hour", "sign_ins", account, client)
+        await self._hit(self._limits.successes_account_client_hour, "sign_ins", account, client)
 
     @asynccontextmanager
     async def unguessable(self, what: str, client: str) -> AsyncGenerator[None]:
@@ -82,7 +92,7 @@ class Throttle:
             yield
         except MeshError as error:
             if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                await self._limiter.hit(f"{self._limits.client_hour}/hour", what, client)
+                await self._hit(self._limits.client_hour, what, client)
             raise
 
     @asynccontextmanager
@@ -109,6 +119,9 @@ class Throttle:
         ):
             yield
 
+    async def _hit(self, most_hour: int, name: str, *who: str) -> None:
+        await self._limiter.hit(f"{most_hour}/hour", name, *who, what=WORDS[name])
+
     @asynccontextmanager
     async def _counted(self, limit: str, name: str, *who: str, refuse: bool = True) -> AsyncGenerator[None]:
         key = (name, *who)
@@ -116,7 +129,7 @@ class Throttle:
         self._pending[key] += 1
         try:
             if refuse:
-                await self._limiter.check(limit, name, *who, cost=self._pending[key])
+                await self._limiter.check(limit, name, *who, what=WORDS[name], cost=self._pending[key])
             try:
                 yield
             except MeshError as error:
@@ -132,7 +145,7 @@ class Throttle:
     async def _alone(self, *who: str) -> AsyncGenerator[None]:
         waiting = ("waiting", *who)
         if self._pending[waiting] >= WAITING_MAX:
-            raise limit_reached("sign_in", f"more than {WAITING_MAX} at once", retry_after_s=WAITING_RETRY_AFTER_S)
+            raise limit_reached("sign_in", f"too many sign-ins at once: at most {WAITING_MAX}", retry_after_s=WAITING_RETRY_AFTER_S)
         self._pending[waiting] += 1
         lock = self._locks.setdefault(who, asyncio.Lock())
         try:

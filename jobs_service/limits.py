@@ -155,23 +155,24 @@ class Limits:
 
     async def count_submits(self, owner_id: uuid.UUID, plan: str, count: int = 1) -> None:
         """Count new jobs, all or none. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
-        await self._count("submits_per_minute", owner_id, self.of(plan).submits_per_minute, count)
+        await self._count("submits_per_minute", "new jobs", owner_id, self.of(plan).submits_per_minute, count)
 
     async def count_estimate(self, owner_id: uuid.UUID, plan: str) -> None:
         """Count an estimate. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
-        await self._count("estimates_per_minute", owner_id, self.of(plan).submits_per_minute * ESTIMATES_PER_SUBMIT, 1)
+        await self._count("estimates_per_minute", "estimates", owner_id, self.of(plan).submits_per_minute * ESTIMATES_PER_SUBMIT, 1)
 
-    async def _count(self, name: str, owner_id: uuid.UUID, most: int, count: int) -> None:
+    async def _count(self, name: str, what: str, owner_id: uuid.UUID, most: int, count: int) -> None:
         if most:
-            await self._rates.hit(f"{most}/minute", name, str(owner_id), cost=count)
+            await self._rates.hit(f"{most}/minute", name, str(owner_id), what=what, cost=count)
 
     def check_open(self, plan: str, work: OpenWork) -> None:
         """Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) when this is more than a user of the plan may have open."""
         limits = self.of(plan)
         if 0 < limits.open_jobs < work.jobs:
-            raise limit_reached("open_jobs", f"more than {limits.open_jobs} jobs would wait or run", retry_after_s=OPEN_RETRY_S)
+            count = f"too many open jobs: at most {limits.open_jobs} may wait or run at once"
+            raise limit_reached("open_jobs", count, retry_after_s=OPEN_RETRY_S)
         if 0 < limits.queued_millicredits < work.cost_millicredits:
-            cost = f"the jobs that wait or run would cost more than {limits.queued_millicredits} millicredits"
+            cost = f"open jobs cost too much: those that wait or run may cost at most {limits.queued_millicredits} millicredits together"
             raise limit_reached("queued_millicredits", cost, retry_after_s=OPEN_RETRY_S)
 
     def watching(self, owner_id: uuid.UUID, plan: str) -> AbstractAsyncContextManager[None]:
@@ -181,4 +182,4 @@ class Limits:
 
 
 def _too_many_watches(most: int) -> Exception:
-    return limit_reached("watches", f"more than {most} watches would be open", retry_after_s=WATCH_RETRY_S)
+    return limit_reached("watches", f"too many watches: at most {most} may be open at once", retry_after_s=WATCH_RETRY_S)

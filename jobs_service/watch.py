@@ -191,7 +191,11 @@ class Hub:
     async def place(self) -> AsyncGenerator[None]:
         """One open watch of this process while the block runs. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED) when there are enough."""
         if self._count >= self._watches_max:
-            raise limit_reached("process_watches", "too many watches are open here", retry_after_s=FULL_RETRY_S)
+            raise limit_reached(
+                "process_watches",
+                f"too many watches in this process: at most {self._watches_max} may be open at once",
+                retry_after_s=FULL_RETRY_S,
+            )
         self._count += 1
         try:
             yield

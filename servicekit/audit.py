@@ -25,7 +25,7 @@ from servicekit.client import call_metadata
 from servicekit.errors import MeshError, Reason, from_rpc_error, limit_reached, unavailable
 from servicekit.identity import EDGE, Principal, current_principal
 
-SUBJECT_FIELDS = ("user_id", "job_id", "api_key_id", "top_up_id", "upload_id")
+SUBJECT_FIELDS = ("user_id", "job_id", "api_key_id", "top_up_id", "upload_id", "identity_id")
 """Fields of requests that name whom or what an act is done to, first match."""
 WRITE_TIMEOUT_S = 3.0
 SUBJECT_MAX = 256
@@ -75,7 +75,7 @@ class AuditTrail(Protocol):
         ...
 
     async def finish(self, entry: AuditEntry) -> None:
-        """Write down how the act of an entry ended."""
+        """Write down how the act of an entry ended, and what became known of it meanwhile: details, and a subject if it had none."""
         ...
 
 
@@ -83,11 +83,14 @@ _entry: contextvars.ContextVar[AuditEntry | None] = contextvars.ContextVar("audi
 
 
 def about(subject: str | None = None, **details: str) -> None:
-    """Add to the entry of the call being served what only the domain knows. Never a secret. No entry: nothing happens."""
+    """Add to the entry of the call being served what only the domain knows. Never a secret. No entry: nothing happens.
+
+    `subject`, of which the first stays, is for calls whose request has none of SUBJECT_FIELDS: their entries tell it once they ended.
+    """
     entry = _entry.get()
     if entry is None:
         return
-    if subject is not None:
+    if subject is not None and not entry.subject:
         entry.subject = subject[:SUBJECT_MAX]
     entry.details.update({key: value[:DETAIL_MAX] for key, value in details.items()})
 
@@ -114,7 +117,8 @@ class Recorder:
         """
         principal = current_principal()
         if access == options_pb2.ACCESS_USER and not self._room(principal):
-            raise limit_reached("audited_acts", f"more than {ACTS_PER_MINUTE} changes of an account a minute", retry_after_s=WINDOW_S)
+            bound = f"too many changes of this account: at most {ACTS_PER_MINUTE} in 1 minute"
+            raise limit_reached("audited_acts", bound, retry_after_s=WINDOW_S)
         async with _recorded(self._trail, method, request, principal, first=access != options_pb2.ACCESS_PUBLIC):
             yield
 
@@ -256,7 +260,11 @@ class RemoteTrail:
     async def finish(self, entry: AuditEntry) -> None:
         """See AuditTrail."""
         request = identity_pb2.FinishAuditEntryRequest(
-            audit_entry_id=entry.audit_entry_id, code=entry.code or 0, reason=entry.reason, details=entry.details
+            audit_entry_id=entry.audit_entry_id,
+            code=entry.code or 0,
+            reason=entry.reason,
+            details=entry.details,
+            subject=entry.subject,
         )
         try:
             await self._stub.FinishAuditEntry(request, metadata=call_metadata(), timeout=WRITE_TIMEOUT_S)

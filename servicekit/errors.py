@@ -18,6 +18,11 @@ from genmesh.errors.v1 import errors_pb2
 
 DOMAIN = "genmesh"
 
+SIGN_IN_FIRST = "sign in first: this call needs an access token (authorization: Bearer TOKEN) or an API key (x-api-key)"
+"""What a caller without either is told, by Envoy and by services."""
+
+_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+
 LIMITED = prometheus_client.Counter("genmesh_limited_total", "Calls refused because a limit was reached", ["limit"])
 
 Reason = errors_pb2.ErrorReason
@@ -121,13 +126,25 @@ def permission_denied(message: str, reason: ReasonValue = Reason.ERROR_REASON_PE
     return MeshError(grpc.StatusCode.PERMISSION_DENIED, reason, message)
 
 
+def duration_in_words(seconds: float) -> str:
+    """A time for people, rounded up: `1 second`, `90 seconds`, `15 minutes`."""
+    whole = max(1, math.ceil(seconds))
+    # Rounded up to a unit that there is only one of, it could be twice as long as it is.
+    unit_s, unit = next(one for one in _UNITS if whole % one[0] == 0 or whole >= 2 * one[0])
+    count = math.ceil(whole / unit_s)
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
 def limit_reached(name: str, description: str, *, retry_after_s: float) -> MeshError:
-    """RESOURCE_EXHAUSTED (LIMIT_REACHED) with RetryInfo and a QuotaFailure whose subject is the limit's name."""
+    """RESOURCE_EXHAUSTED (LIMIT_REACHED) with RetryInfo and a QuotaFailure whose subject is the limit's name.
+
+    `description` is a sentence for the user, without its end: `too many watches: at most 50 may be open at once`.
+    """
     LIMITED.labels(name).inc()
     return MeshError(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.ERROR_REASON_LIMIT_REACHED,
-        f"{description}; try again in {math.ceil(retry_after_s)} s",
+        f"{description}; try again in {duration_in_words(retry_after_s)}",
         metadata={"limit": name},
         quota=[(name, description)],
         retry_after_s=retry_after_s,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jwt
 import structlog
 
-from servicekit.errors import Reason, unauthenticated, unavailable
+from servicekit.errors import SIGN_IN_FIRST, Reason, unauthenticated, unavailable
 from servicekit.revocations import TOKEN_LIFE_MAX_S, Revocations
 from servicekit.tls import TlsFiles, WatchedContext, client_ssl_context
 
@@ -99,7 +99,7 @@ def current_user_id() -> str:
     """The signed-in user of the RPC that the current task serves."""
     user_id = current_principal().user_id
     if user_id is None:
-        raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "sign in first: this call needs an access token")
+        raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, SIGN_IN_FIRST)
     return user_id
 
 

@@ -4,6 +4,7 @@ Telemetry is outermost, so that refusals are counted; errors come next, so that 
 gRPC's own services (health, reflection) pass untouched: mTLS guards them.
 """
 
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from grpc_status import rpc_status
 from genmesh.options.v1 import options_pb2
 from servicekit import telemetry
 from servicekit.audit import LogTrail, Recorder
-from servicekit.errors import MeshError, Reason, permission_denied, unauthenticated
+from servicekit.errors import SIGN_IN_FIRST, MeshError, Reason, permission_denied, unauthenticated
 from servicekit.identity import EDGE, Principal, TokenVerifier, current_principal, peer_service, set_principal
 
 _log = structlog.get_logger(__name__)
@@ -32,6 +33,9 @@ BEARER = "bearer "
 UNGUARDED_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 PRIVILEGED = (options_pb2.ACCESS_ADMIN, options_pb2.ACCESS_OPERATOR)
 CLIENT_ADDRESS = "x-client-address"
+ADDRESS_TELLERS = (EDGE, "gateway")
+"""Peers whose word on where a call comes from is taken: the gateway passes on what the edge told it, with calls in a caller's name."""
+RETRY_AFTER = "retry-after"
 REQUEST_ID_MAX = 128
 STREAM_CHECK_INTERVAL_S = 5.0
 """How often a stream that sends looks whether its caller may still have it."""
@@ -113,8 +117,16 @@ class Errors:
             elif refusal is not error:
                 _log.warning("rpc.translated_error", error=repr(error), reason=Reason.Name(refusal.reason))
             call.code = refusal.code
-            # grpcio has it, its stubs do not.
-            await call.context.abort_with_status(rpc_status.to_status(refusal.to_status()))  # pyright: ignore[reportAttributeAccessIssue]
+            await _abort(call.context, refusal)
+
+
+async def _abort(context: Context, refusal: MeshError) -> None:
+    status = rpc_status.to_status(refusal.to_status())
+    trailers = status.trailing_metadata
+    if refusal.retry_after_s is not None:
+        # What HTTP has for RetryInfo: Envoy makes it a header of REST answers.
+        trailers = (*trailers, (RETRY_AFTER, str(math.ceil(refusal.retry_after_s))))
+    await context.abort(status.code, status.details, trailers)
 
 
 def _not_offered(error: Exception) -> MeshError | None:
@@ -182,7 +194,7 @@ class Authentication:
             return Principal(service=service)
         if rule.access == options_pb2.ACCESS_USER or rule.access in PRIVILEGED:
             if not authorization.lower().startswith(BEARER):
-                raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, "this call needs an access token: authorization: Bearer …")
+                raise unauthenticated(Reason.ERROR_REASON_TOKEN_MISSING, SIGN_IN_FIRST)
             return await self._verifier.verify(authorization[len(BEARER) :].strip())
         raise permission_denied("this call is not open to this caller")
 
@@ -204,7 +216,7 @@ def scope_missing(scope: str | None) -> MeshError:
 
 
 def _client_address(call: Call, service: str | None) -> str:
-    if service == EDGE:
+    if service in ADDRESS_TELLERS:
         return call.metadata.get(CLIENT_ADDRESS, "")
     # `ipv4:10.0.0.1:4711`, `ipv6:%5B::1%5D:4711`
     address = unquote(call.context.peer()).partition(":")[2]

@@ -13,7 +13,7 @@ from limits.aio.storage import MemoryStorage, RedisClusterStorage, RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis.exceptions import RedisError
 
-from servicekit.errors import limit_reached
+from servicekit.errors import duration_in_words, limit_reached
 from servicekit.settings import RedisSettings
 from servicekit.streams import COMMAND_TIMEOUT_S, CONNECTIONS_MAX
 
@@ -29,7 +29,10 @@ _log = structlog.get_logger(__name__)
 
 
 class RateLimiter:
-    """Counts what somebody does and refuses what goes beyond a limit such as `5/15minutes` (`limits` has the notation)."""
+    """Counts what somebody does and refuses what goes beyond a limit such as `5/15minutes` (`limits` has the notation).
+
+    `name` is the limit's for programs (metadata, metrics, keys in Redis), `what` says what is counted to people: `new jobs`.
+    """
 
     def __init__(self, settings: RedisSettings) -> None:
         self._storage = _storage(settings)
@@ -43,27 +46,28 @@ class RateLimiter:
         """Close the connections to Redis."""
         await self._storage.bridge.storage.aclose()  # pyright: ignore[reportAttributeAccessIssue]  # known only to the bridge in use
 
-    async def hit(self, limit: str, name: str, *who: str, cost: int = 1) -> None:
+    async def hit(self, limit: str, name: str, *who: str, what: str, cost: int = 1) -> None:
         """Count `cost` for `who` under the limit called `name`. Raises RESOURCE_EXHAUSTED (LIMIT_REACHED); then nothing is counted."""
         item = self._item(limit)
         if not await self._ask(lambda strategy: strategy.hit(item, name, *who, cost=cost)):
-            await self._refuse(item, name, *who)
+            await self._refuse(item, name, *who, what=what)
 
-    async def check(self, limit: str, name: str, *who: str, cost: int = 1) -> None:
+    async def check(self, limit: str, name: str, *who: str, what: str, cost: int = 1) -> None:
         """As `hit`, but counts nothing: for what counts only once it has failed."""
         item = self._item(limit)
         if not await self._ask(lambda strategy: strategy.test(item, name, *who, cost=cost)):
-            await self._refuse(item, name, *who)
+            await self._refuse(item, name, *who, what=what)
 
     async def count(self, limit: str, name: str, *who: str, cost: int = 1) -> None:
         """Count without refusing."""
         item = self._item(limit)
         await self._ask(lambda strategy: strategy.hit(item, name, *who, cost=cost))
 
-    async def _refuse(self, item: RateLimitItem, name: str, *who: str) -> None:
+    async def _refuse(self, item: RateLimitItem, name: str, *who: str, what: str) -> None:
         window = await self._ask(lambda strategy: strategy.get_window_stats(item, name, *who))
         retry_after_s = min(max(1.0, window.reset_time - time.time()), float(item.get_expiry()))
-        raise limit_reached(name, f"the limit {name} is reached ({item})", retry_after_s=retry_after_s)
+        bound = f"too many {what}: at most {item.amount} in {duration_in_words(item.get_expiry())}"
+        raise limit_reached(name, bound, retry_after_s=retry_after_s)
 
     async def _ask(self, ask: Callable[[SlidingWindowCounterRateLimiter], Awaitable[T]]) -> T:
         if time.monotonic() >= self._away_until:

@@ -8,6 +8,7 @@ What stands behind the edge is counted and remembered, so that a test can tell w
 import asyncio
 import base64
 import json
+import math
 import socket
 import struct
 import time
@@ -38,7 +39,7 @@ from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc, payments_pb2, paym
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
-from servicekit.errors import Reason, not_found, precondition
+from servicekit.errors import MeshError, Reason, not_found, precondition
 from servicekit.identity import RemoteKeys, TokenVerifier, current_user_id
 from servicekit.server import MeshServer
 from servicekit.settings import ServerSettings
@@ -72,6 +73,7 @@ class Backend:
     notices: list[payments_pb2.ReceivePaymentEventRequest] = field(default_factory=list[payments_pb2.ReceivePaymentEventRequest])
     internal_calls: int = 0
     set_cookie: str = ""
+    refusal: MeshError | None = None
     checks: list[external_auth_pb2.CheckRequest] = field(default_factory=list[external_auth_pb2.CheckRequest])
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -118,6 +120,8 @@ class Jobs(jobs_pb2_grpc.JobsServiceServicer):
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Context) -> jobs_pb2.GetJobResponse:
         self._backend.note(context)
+        if self._backend.refusal is not None:
+            raise self._backend.refusal
         if request.job_id == MISSING_JOB_ID:
             raise not_found("job")
         return jobs_pb2.GetJobResponse(
@@ -134,6 +138,8 @@ class Jobs(jobs_pb2_grpc.JobsServiceServicer):
         raise precondition(Reason.ERROR_REASON_JOB_TERMINAL, "the job has ended", {"state": "STATE_COMPLETED"})
 
     async def WatchJobs(self, request: jobs_pb2.WatchJobsRequest, context: Context) -> AsyncIterator[jobs_pb2.WatchJobsResponse]:
+        if self._backend.refusal is not None:
+            raise self._backend.refusal
         yield jobs_pb2.WatchJobsResponse(snapshot=jobs_pb2.Job(job_id=JOB_ID, state=jobs_pb2.STATE_PENDING), resume_token="1")
         # Only a client that got the first message lets the second one out: nothing on the way may hold messages back.
         await self._backend.go_on.wait()
@@ -484,23 +490,28 @@ class Refusal:
     retry_after_s: float | None
     message: str
     http_status: int | None = None
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+    quota: tuple[tuple[str, str], ...] = ()
 
 
 def _refusal(status: status_pb2.Status, http_status: int | None = None) -> Refusal:
     info, retry, retry_after_s = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo(), None
+    quota = error_details_pb2.QuotaFailure()
     for detail in status.details:
         if detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
         detail.Unpack(info)
+        detail.Unpack(quota)
     assert info.domain == "genmesh", status
-    return Refusal(status.code, info.reason, retry_after_s, status.message, http_status)
+    violations = tuple((one.subject, one.description) for one in quota.violations)
+    return Refusal(status.code, info.reason, retry_after_s, status.message, http_status, dict(info.metadata), violations)
 
 
 def refusal_of_rest(reply: httpx.Response) -> Refusal:
-    """What a JSON answer says; a `retry-after` header says the same as RetryInfo."""
+    """What a JSON answer says; a `retry-after` header says the same as RetryInfo, in whole seconds."""
     refusal = _refusal(json_format.Parse(reply.content, status_pb2.Status()), reply.status_code)
     header = reply.headers.get("retry-after")
-    assert refusal.retry_after_s == (None if header is None else float(header))
+    assert header == (None if refusal.retry_after_s is None else str(math.ceil(refusal.retry_after_s)))
     return refusal
 
 

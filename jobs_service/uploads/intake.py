@@ -28,7 +28,7 @@ from jobs_service.uploads.media import Refusal, UploadLimits, message
 from jobs_service.uploads.store import Upload, UploadState
 from jobs_service.uploads.turns import COSTLY_CHECKS_MAX, CostlyChecks, Turns, too_many_checks, too_much
 from servicekit.database import reading, transaction
-from servicekit.errors import MeshError, Reason, invalid, not_found, precondition, unavailable
+from servicekit.errors import MeshError, Reason, duration_in_words, invalid, not_found, precondition, unavailable
 from servicekit.objects import ObjectStore, PresignedPut
 
 INCOMPLETE_TTL_S = 3600.0
@@ -87,7 +87,7 @@ class Uploads:
         upload_id = uuid.UUID(bytes=uuid_utils.uuid7().bytes)
         key = new_key(ARRIVALS, owner_id, upload_id)
         async with transaction(self._engine) as connection:
-            self._refusetoo_much(await store.usage(connection, owner_id), size_bytes)
+            self._require_room(await store.usage(connection, owner_id), size_bytes)
             await store.add(
                 connection,
                 upload_id,
@@ -100,15 +100,20 @@ class Uploads:
             )
         return Announced(upload_id, self._media.presign_put(key, content_type, size_bytes=size_bytes, ttl_s=self._limits.url_ttl_s))
 
-    def _refusetoo_much(self, usage: store.UploadUsage, size_bytes: int) -> None:
+    def _require_room(self, usage: store.UploadUsage, size_bytes: int) -> None:
+        """Raise RESOURCE_EXHAUSTED (LIMIT_REACHED) when the owner may not have one more."""
         limits = self._limits
         urls_max = limits.incomplete_max * URLS_PER_INCOMPLETE
         if usage.incomplete >= limits.incomplete_max:
-            raise too_much("uploads.incomplete", f"at most {limits.incomplete_max} uploads may be incomplete", usage.incomplete_less_s)
+            raise too_much(
+                "uploads.incomplete", f"too many incomplete uploads: at most {limits.incomplete_max} at once", usage.incomplete_less_s
+            )
         if usage.urls >= urls_max:
-            raise too_much("uploads.urls", f"at most {urls_max} uploads in {limits.url_ttl_s} seconds", usage.urls_less_s)
+            raise too_much(
+                "uploads.urls", f"too many uploads: at most {urls_max} in {duration_in_words(limits.url_ttl_s)}", usage.urls_less_s
+            )
         if usage.stored_bytes + size_bytes > limits.stored_max_bytes:
-            description = f"at most {limits.stored_max_bytes:,} bytes of uploads are kept for a user"
+            description = f"too much uploaded: at most {limits.stored_max_bytes:,} bytes are kept for a user"
             raise too_much("uploads.stored_bytes", description, usage.stored_less_s)
 
     async def get(self, owner_id: uuid.UUID, upload_id: uuid.UUID) -> Upload:
@@ -132,7 +137,9 @@ class Uploads:
 
     def _begin(self, upload: Upload) -> "asyncio.Task[Upload]":
         if (less_s := self._costly.less_s(upload.owner_id)) is not None:
-            description = f"at most {COSTLY_CHECKS_MAX} checks in an hour may refuse the file or take over {HEAVY_CHECK_S:.0f} seconds"
+            description = (
+                f"too many costly checks: at most {COSTLY_CHECKS_MAX} in 1 hour may end in refusal or take over {HEAVY_CHECK_S:.0f} s"
+            )
             raise too_much("uploads.costly_checks", description, less_s)
         shared_out = self._of_owner[upload.owner_id] >= max(1, self._places // OWNER_SHARE)
         if shared_out or (len(self._checks) >= self._places and not self._turns.displace_for(upload.owner_id)):

@@ -31,11 +31,14 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from cli.stack.certificates import ensure_certificates
+from edge.contract import PublicMethod, public_methods
+from edge.settings import ENVOY_DIR
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from genmesh.errors.v1 import errors_pb2
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from genmesh.inference.v1 import inference_pb2, inference_pb2_grpc
 from genmesh.jobs.v1 import jobs_pb2, jobs_pb2_grpc
+from servicekit.errors import MeshError
 from servicekit.tls import TlsFiles, server_credentials
 from tests.canned_mesh import (
     API_KEY,
@@ -88,6 +91,7 @@ def _fresh(edge: Edge) -> None:
     edge.backend.checks.clear()
     edge.backend.go_on.clear()
     edge.backend.set_cookie = ""
+    edge.backend.refusal = None
 
 
 @pytest.fixture
@@ -294,14 +298,35 @@ async def test_bad_query_is_refused_in_json(edge: Edge, query: str) -> None:
 
 
 async def test_body_over_the_limit(edge: Edge) -> None:
-    reply = await edge.http.post("/v1/jobs", content=json.dumps(_create("x" * 3_000_000)), headers=edge.bearer)
-    assert (reply.status_code, reply.json()["code"]) == (413, 8)
+    refusal = refusal_of_rest(await edge.http.post("/v1/jobs", content=json.dumps(_create("x" * 3_000_000)), headers=edge.bearer))
+    assert (refusal.http_status, refusal.code, refusal.reason) == (413, 8, "ERROR_REASON_REQUEST_TOO_LARGE")
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/nothing"), ("PUT", "/v1/nothing"), ("GET", "/"), ("GET", "/v2/jobs")])
-async def test_unknown_resource(edge: Edge, method: str, path: str) -> None:
+# A path that could be of the contract, one that could not.
+UNKNOWN = {True: ["/v1/nothing", "/v1/", "/genmesh.jobs.v1.JobsService/Nope"], False: ["/v2/jobs", "/favicon.ico", "/v1", "/foo.Bar/Nope"]}
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
+@pytest.mark.parametrize(("guarded", "path"), [(guarded, path) for guarded, paths in UNKNOWN.items() for path in paths])
+async def test_unknown_resource(edge: Edge, method: str, guarded: bool, path: str) -> None:
     refusal = refusal_of_rest(await edge.http.request(method, path, headers=edge.bearer))
     assert (refusal.http_status, refusal.code, refusal.reason) == (404, 5, "ERROR_REASON_NOT_FOUND")
+    stranger = refusal_of_rest(await edge.http.request(method, path))
+    assert stranger.reason == ("ERROR_REASON_TOKEN_MISSING" if guarded else "ERROR_REASON_NOT_FOUND")
+    assert stranger.http_status == (401 if guarded else 404)
+
+
+@pytest.mark.parametrize(("path", "code"), [("/foo.Bar/Nope", 12), ("/genmesh.jobs.v1.JobsService/Nope", 16), ("/v1/jobs", 16)])
+async def test_unknown_methods_of_grpc_web(edge: Edge, path: str, code: int) -> None:
+    assert refusal_of_grpc_web(await edge.http.post(path, content=frame(b""), headers=GRPC_WEB)).code == code
+
+
+async def test_the_front_door_leads_to_the_pages(edge: Edge) -> None:
+    for method in ("GET", "HEAD"):
+        reply = await edge.http.request(method, "/?utm=x")
+        assert (reply.status_code, reply.headers["location"]) == (307, "/docs/")
+    assert (await edge.http.get("/docs/")).status_code == 200
+    assert (await edge.http.post("/")).status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -319,7 +344,8 @@ async def test_a_wrong_method_is_told_the_right_ones(edge: Edge, method: str, pa
     for headers in (edge.bearer, {}):
         reply = await edge.http.request(method, path, headers=headers)
         assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
-        assert (refusal_of_rest(reply).code, edge.backend.seen) == (12, [])
+        refusal = refusal_of_rest(reply)
+        assert (refusal.code, refusal.reason, edge.backend.seen) == (12, "ERROR_REASON_NOT_OFFERED", [])
 
 
 UNREADABLE = {
@@ -339,6 +365,20 @@ async def test_what_cannot_be_read_is_refused_with_a_text(edge: Edge, unreadable
     answer = json.loads(body)
     assert (status, answer["code"], answer["details"][0]["reason"]) == (expected, 3, "ERROR_REASON_MALFORMED_REQUEST")
     assert answer["message"].startswith("the ")
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE])
+async def test_when_to_come_back_is_a_header_too(edge: Edge, code: grpc.StatusCode) -> None:
+    edge.backend.refusal = MeshError(code, errors_pb2.ERROR_REASON_LIMIT_REACHED, "not now", retry_after_s=2.5)
+    # These look at the header.
+    for transport, refusal in (await refusals(edge, edge.bearer)).items():
+        assert (refusal.code, refusal.retry_after_s) == (code.value[0], 2.5), transport
+    for accept in ("application/json", "text/event-stream"):
+        stream = await edge.http.get("/v1/jobs:watch", headers=edge.bearer | {"accept": accept, "origin": ORIGIN})
+        assert (stream.headers["retry-after"], stream.json()["code"]) == ("3", code.value[0])
+        assert "retry-after" in stream.headers["access-control-expose-headers"]
+    edge.backend.refusal = MeshError(code, errors_pb2.ERROR_REASON_LIMIT_REACHED, "never")
+    assert "retry-after" not in (await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=edge.bearer)).headers
 
 
 async def test_what_the_transcoder_says_is_told(edge: Edge) -> None:
@@ -373,8 +413,8 @@ async def test_a_payment_notice_arrives_byte_for_byte_with_its_signature_and_nee
 
 
 async def test_a_payment_notice_over_the_limit_is_refused(edge: Edge) -> None:
-    reply = await edge.http.post("/v1/payments:notify", content=b"x" * 3_000_000, headers=NOTICE_HEADERS)
-    assert (reply.status_code, reply.json()["code"]) == (413, 8)
+    refusal = refusal_of_rest(await edge.http.post("/v1/payments:notify", content=b"x" * 3_000_000, headers=NOTICE_HEADERS))
+    assert (refusal.http_status, refusal.code, refusal.reason) == (413, 8, "ERROR_REASON_REQUEST_TOO_LARGE")
     assert edge.backend.notices == []
 
 
@@ -412,6 +452,12 @@ async def test_bad_token(edge: Edge, wrong: str) -> None:
     assert edge.backend.seen == []
 
 
+async def test_whoever_lacks_a_token_is_told_both_ways_in(edge: Edge) -> None:
+    for transport, refusal in (await refusals(edge, {})).items():
+        assert "authorization: Bearer" in refusal.message, transport
+        assert "x-api-key" in refusal.message, transport
+
+
 async def test_token_in_the_query_is_no_token(edge: Edge) -> None:
     reply = await edge.http.get(f"/v1/jobs/{JOB_ID}?access_token={edge.issuer.token()}")
     assert reply.status_code == 401
@@ -436,6 +482,59 @@ async def test_public_methods_need_no_token(edge: Edge) -> None:
         headers=GRPC_WEB,
     )
     assert trailers(web.content)["grpc-status"] == "0"
+
+
+CONTRACT = public_methods(ENVOY_DIR / "descriptors.binpb")
+# Other spellings of a path: each has to end as the path itself, or nowhere.
+SPELLINGS = (
+    "{path}",
+    "{path}/",
+    "{path}?access_token=x",
+    "/{path}",
+    "/docs/..{path}",
+    "/healthz/..{path}",
+    "{encoded}",
+    "{upper}",
+    "{path};x",
+)
+
+
+async def _asked_for_a_token(edge: Edge, headers: Mapping[str, str]) -> bool:
+    """Whether it was Envoy that refused: services look at tokens as well, and say the same."""
+    return (await _log_line(edge, headers["x-request-id"]))["details"] == "jwt_authn_access_denied{Jwt_is_missing}"
+
+
+@pytest.mark.parametrize("method", CONTRACT, ids=[f"{one.service}/{one.name}" for one in CONTRACT])
+async def test_a_stranger_reaches_public_methods_alone(edge: Edge, method: PublicMethod) -> None:
+    refused = "ERROR_REASON_TOKEN_MISSING"
+    web = await edge.http.post(method.path, content=frame(b""), headers=GRPC_WEB)
+    assert await _asked_for_a_token(edge, web.headers) == method.needs_token
+    if method.needs_token:
+        assert refusal_of_grpc_web(web).reason == refused
+    for binding in method.bindings:
+        path = re.sub(r"\{[^}]*\}", JOB_ID, binding.path)
+        reply = await edge.http.request(binding.http_method, path)
+        assert await _asked_for_a_token(edge, reply.headers) == method.needs_token
+        if method.needs_token:
+            assert refusal_of_rest(reply).reason == refused
+    if method.needs_token:
+        assert edge.backend.seen == []
+
+
+async def test_no_spelling_of_a_path_gets_a_stranger_in(edge: Edge) -> None:
+    async def attempt(http_method: str, path: str, spelling: str) -> None:
+        target = spelling.format(path=path, encoded=f"/%76{path.removeprefix('/v')}", upper=path.upper())
+        status, headers, _ = await _raw(edge, http_method, target, {})
+        assert status in (400, 404) or (status == 401 and await _asked_for_a_token(edge, headers)), target
+
+    paths = {
+        (binding.http_method, re.sub(r"\{[^}]*\}", JOB_ID, binding.path))
+        for method in CONTRACT
+        if method.needs_token
+        for binding in method.bindings
+    }
+    await asyncio.gather(*(attempt(*path, spelling) for path in paths for spelling in SPELLINGS))
+    assert edge.backend.seen == []
 
 
 @pytest.mark.parametrize(
@@ -601,13 +700,19 @@ async def test_request_id_is_made_here_and_given_back(edge: Edge) -> None:
 
 
 async def test_healthz_needs_nothing(edge: Edge) -> None:
-    reply = await edge.http.get("/healthz")
-    assert (reply.status_code, reply.text) == (200, "ok\n")
+    for headers in ({}, {"authorization": "Bearer x"}, {"x-api-key": "gmk_wrong"}):
+        reply = await edge.http.get("/healthz", headers=headers)
+        assert (reply.status_code, reply.text) == (200, "ok\n")
+    # No place to try keys at.
+    assert edge.backend.checks == []
 
 
 async def _logged(edge: Edge, reply: httpx.Response) -> dict[str, Any]:
     """The line of the access log about a request."""
-    request_id = reply.headers["x-request-id"]
+    return await _log_line(edge, reply.headers["x-request-id"])
+
+
+async def _log_line(edge: Edge, request_id: str) -> dict[str, Any]:
     async with asyncio.timeout(START_TIMEOUT_S):
         while request_id not in (text := edge.access_log.read_text()):  # noqa: ASYNC110  # a file another process writes
             await asyncio.sleep(0.02)
@@ -775,6 +880,7 @@ async def test_no_answer_about_a_key_is_a_no(edge: Edge) -> None:
 async def test_too_many_guesses_are_told_to_come_back_later(edge: Edge) -> None:
     for transport, refusal in (await refusals(edge, {"x-api-key": LIMITED_API_KEY})).items():
         assert (refusal.code, refusal.reason, refusal.retry_after_s) == (8, "ERROR_REASON_LIMIT_REACHED", 60.0), transport
+        assert (refusal.metadata, [subject for subject, _ in refusal.quota]) == ({"limit": "api_keys"}, ["api_keys"])
         assert refusal.http_status == (429 if transport == "rest" else None)
 
 
@@ -901,8 +1007,8 @@ async def test_pages_are_served_to_everybody(certificates: Path, tmp_path: Path)
             assert (await edge.http.head(path)).content == b""
         redirected = await edge.http.get("/docs")
         assert (redirected.status_code, redirected.headers["location"]) == (308, "/docs/")
-        assert (await edge.http.get("/docs/assets/../../envoy.yaml")).status_code == 401
-        assert (await edge.http.post("/openapi.json")).status_code == 401
+        assert (await edge.http.get("/docs/assets/../../envoy.yaml")).status_code == 404
+        assert (await edge.http.post("/openapi.json")).status_code == 404
 
 
 async def test_envoys_own_door_cannot_change_it(edge: Edge) -> None:
@@ -911,7 +1017,7 @@ async def test_envoys_own_door_cannot_change_it(edge: Edge) -> None:
         assert "envoy_http_downstream_rq_total" in page.text
         for path in ("/quitquitquit", "/drain_listeners", "/healthcheck/fail", "/logging", "/runtime_modify", "/config_dump"):
             assert (await admin.post(path)).status_code in (403, 404), path
-    assert (await edge.http.get("/stats/prometheus")).status_code == 401
+    assert (await edge.http.get("/stats/prometheus")).status_code == 404
 
 
 # --- many watchers, bad answers, lost hosts --------------------------------------------------------------------------------------

@@ -159,6 +159,16 @@ SIGN_OUT = Method(_IDENTITY + "SignOut", identity_pb2.SignOutRequest, identity_p
 LINK_IDENTITY = Method(
     _IDENTITY + "LinkIdentity", identity_pb2.LinkIdentityRequest, identity_pb2.LinkIdentityResponse, "POST", "/v1/me/identities"
 )
+LIST_IDENTITIES = Method(
+    _IDENTITY + "ListIdentities", identity_pb2.ListIdentitiesRequest, identity_pb2.ListIdentitiesResponse, "GET", "/v1/me/identities"
+)
+UNLINK_IDENTITY = Method(
+    _IDENTITY + "UnlinkIdentity",
+    identity_pb2.UnlinkIdentityRequest,
+    identity_pb2.UnlinkIdentityResponse,
+    "DELETE",
+    "/v1/me/identities/{identityId}",
+)
 CREATE_API_KEY = Method(
     _IDENTITY + "CreateApiKey", identity_pb2.CreateApiKeyRequest, identity_pb2.CreateApiKeyResponse, "POST", "/v1/apiKeys"
 )

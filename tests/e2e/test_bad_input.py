@@ -294,7 +294,7 @@ async def test_bad_json(victim: User, body: str | bytes) -> None:
 async def test_json_over_the_limit(victim: User) -> None:
     body = json.dumps(document(prompt="x" * 3_000_000))
     refusal = await refused(victim.edge.rest(CREATE_JOB, CREATE_JOB.rest, [], body, bearer(victim.token)))
-    assert (refusal.code, refusal.http_status) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 413)
+    assert (refusal.code, refusal.reason, refusal.http_status) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE", 413)
 
 
 BAD_QUERIES = [

@@ -72,7 +72,7 @@ async def _empty_bucket(edge: Edge, headers: Mapping[str, str], burst: int) -> N
     assert set(statuses) <= {200, 429}
 
 
-async def _refused_everywhere(edge: Edge, headers: Mapping[str, str], burst: int) -> None:
+async def _refused_everywhere(edge: Edge, headers: Mapping[str, str], burst: int, limit: str) -> None:
     """On an empty bucket every transport is refused alike. It fills up by and by: asked again until all three were refused."""
     missing = {"grpc", "grpc-web", "rest"}
     async with asyncio.timeout(DEADLINE_S):
@@ -82,6 +82,7 @@ async def _refused_everywhere(edge: Edge, headers: Mapping[str, str], burst: int
                 if refusal is not None:
                     assert (refusal.code, refusal.reason, refusal.retry_after_s) == LIMIT_REACHED, transport
                     assert refusal.http_status == (429 if transport == "rest" else None)
+                    assert (refusal.metadata, [subject for subject, _ in refusal.quota]) == ({"limit": limit}, [limit])
                     missing.discard(transport)
 
 
@@ -111,7 +112,7 @@ async def _admitted(edge: Edge, headers: Mapping[str, str]) -> None:
 
 async def test_an_address_has_its_rate(mesh: CannedMesh, tmp_path: Path) -> None:
     async with _edge(mesh, tmp_path, **ONE_A_SECOND) as edge:
-        await _refused_everywhere(edge, edge.bearer, burst=8)
+        await _refused_everywhere(edge, edge.bearer, burst=8, limit="edge.address")
         # A bucket fills again.
         await _admitted(edge, edge.bearer)
 
@@ -145,13 +146,22 @@ async def test_without_a_load_balancer_nobody_chooses_an_address(mesh: CannedMes
         assert set(statuses) == {200, 429}
 
 
+async def test_health_is_told_however_many_requests_an_address_sends(mesh: CannedMesh, tmp_path: Path) -> None:
+    async with _edge(mesh, tmp_path, **ONE_A_SECOND) as edge:
+        # More than the bucket holds, before and after it is empty.
+        for _ in range(2):
+            probes = await asyncio.gather(*(edge.http.get("/healthz") for _ in range(80)))
+            assert {probe.status_code for probe in probes} == {200}
+            await _empty_bucket(edge, edge.bearer, burst=8)
+
+
 async def test_a_user_has_a_rate_wherever_the_requests_come_from(mesh: CannedMesh, tmp_path: Path) -> None:
     async with _edge(mesh, tmp_path, edge_requests_per_s_user=1, edge_burst_user=8) as edge:
-        await _refused_everywhere(edge, edge.bearer, burst=8)
+        await _refused_everywhere(edge, edge.bearer, burst=8, limit="edge.user")
         other = {"authorization": f"Bearer {edge.issuer.token(sub=str(uuid.uuid4()))}"}
         assert await _status(edge, other) == 200
         # The same user by API key has the same bucket.
-        await _refused_everywhere(edge, {"x-api-key": API_KEY}, burst=8)
+        await _refused_everywhere(edge, {"x-api-key": API_KEY}, burst=8, limit="edge.user")
 
 
 async def test_without_limits_nobody_is_refused(mesh: CannedMesh, tmp_path: Path) -> None:
@@ -299,7 +309,7 @@ async def test_bodies_of_rest_are_limited(mesh: CannedMesh, tmp_path: Path) -> N
     async with _edge(mesh, tmp_path) as edge:
         body = json.dumps({"requestId": "x" * 3_000_000})
         refusal = refusal_of_rest(await edge.http.post("/v1/jobs", content=body, headers=edge.bearer))
-        assert (refusal.http_status, refusal.code) == (413, 8)
+        assert (refusal.http_status, refusal.code, refusal.reason) == (413, 8, "ERROR_REASON_REQUEST_TOO_LARGE")
 
 
 SMUGGLED = "POST /v1/jobs HTTP/1.1\r\nhost: edge\r\n{headers}\r\n\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: edge\r\n\r\n"

@@ -27,6 +27,7 @@ from tests.e2e.caller import (
     GRANT_CREDITS,
     LIST_API_KEYS,
     LIST_AUDIT_ENTRIES,
+    LIST_IDENTITIES,
     LIST_JOBS,
     LIST_MODELS,
     LIST_USERS,
@@ -36,6 +37,7 @@ from tests.e2e.caller import (
     SET_KEY_CEILING,
     SIGN_IN,
     SIGN_OUT,
+    UNLINK_IDENTITY,
     UPDATE_USER,
     WATCH_BALANCE,
     Edge,
@@ -105,7 +107,7 @@ async def test_a_key_does_only_what_its_scopes_say(alice: User, transport: Trans
     refusal = await refused(submitter.call(GET_JOB, jobs_pb2.GetJobRequest(job_id=job.job_id), transport))
     assert (verdict(refusal), refusal.metadata) == ((Code.PERMISSION_DENIED, "SCOPE_MISSING"), {"scope": "read"})
     await alice.finished(job.job_id)
-    # What belongs to people: their keys, ceilings, sessions.
+    # What belongs to people: their keys, ceilings, sessions, identities elsewhere.
     all_scopes, _ = await with_key(alice, READ, SUBMIT, ADMIN)
     people: list[tuple[Method[Any, Any], Message]] = [
         (CREATE_API_KEY, identity_pb2.CreateApiKeyRequest(display_name="another", scopes=[READ])),
@@ -113,6 +115,8 @@ async def test_a_key_does_only_what_its_scopes_say(alice: User, transport: Trans
         (REVOKE_API_KEY, identity_pb2.RevokeApiKeyRequest(api_key_id=key.api_key_id)),
         (SET_KEY_CEILING, credits_pb2.SetKeyCeilingRequest(api_key_id=key.api_key_id, lift=True)),
         (SIGN_OUT, identity_pb2.SignOutRequest()),
+        (LIST_IDENTITIES, identity_pb2.ListIdentitiesRequest()),
+        (UNLINK_IDENTITY, identity_pb2.UnlinkIdentityRequest(identity_id=str(uuid.uuid4()))),
     ]
     for method, request in people:
         assert verdict(await refused(all_scopes.call(method, request, transport))) == (Code.PERMISSION_DENIED, "SCOPE_MISSING"), method.path
@@ -394,6 +398,7 @@ async def test_who_did_what_to_whom_from_where(edge: Edge, admin: User, new_user
     assert [entry.method.rpartition("/")[2] for entry in entries] == ["UpdateUser", "GrantCredits", "GrantCredits"]
     assert [(entry.code, entry.reason.removeprefix("ERROR_REASON_")) for entry in entries] == [(0, ""), (6, "REQUEST_ID_REUSED"), (0, "")]
     assert {entry.client_address for entry in entries} == {"127.0.0.1"}
+    assert [entry.reporter for entry in entries] == ["gateway", "credit_service", "credit_service"]
     assert len({entry.request_id for entry in entries} - {""}) == 3
     assert entries[2].act_time.ToDatetime() <= entries[0].act_time.ToDatetime()
     only = await trail(admin, subject=user.user_id, method="genmesh.identity.v1.IdentityAdminService/UpdateUser")
@@ -406,8 +411,13 @@ async def test_who_did_what_to_whom_from_where(edge: Edge, admin: User, new_user
 
 async def test_acts_of_people_on_their_own_accounts_are_there(edge: Edge, admin: User, new_user: NewUser) -> None:
     user = await new_user(0)
-    program, key = await with_key(user, READ)
+    program, key = await with_key(user, READ, daily_ceiling_millicredits=1)
     await user.call(REVOKE_API_KEY, identity_pb2.RevokeApiKeyRequest(api_key_id=key.api_key_id))
+    of_key = await trail(admin, subject=key.api_key_id)
+    # The making began first, and had the ceiling set; the key had no id before that.
+    assert [entry.method.rpartition("/")[2] for entry in of_key] == ["RevokeApiKey", "SetKeyCeiling", "CreateApiKey"]
+    assert [entry.reporter for entry in of_key] == ["gateway", "credit_service", "gateway"]
+    assert {(entry.actor_user_id, entry.code, entry.HasField("code")) for entry in of_key} == {(user.user_id, 0, True)}
     credential = identity_pb2.PasswordCredential(email=user.email, password="not the password")
     await refused(edge.call(SIGN_IN, identity_pb2.SignInRequest(password=credential)))
     await user.call(SIGN_OUT, identity_pb2.SignOutRequest())

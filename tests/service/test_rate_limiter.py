@@ -8,7 +8,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from servicekit.errors import MeshError, Reason
+from servicekit.errors import MeshError, Reason, duration_in_words
 from servicekit.limits import RateLimiter
 from servicekit.settings import RedisSettings
 
@@ -31,23 +31,24 @@ async def limiters(redis_url: str) -> AsyncGenerator[tuple[RateLimiter, RateLimi
 
 async def test_replicas_count_together(limiters: tuple[RateLimiter, RateLimiter]) -> None:
     one, other = limiters
-    await one.hit(LIMIT, "sign_in", "alice")
-    await other.hit(LIMIT, "sign_in", "alice", cost=2)
+    await one.hit(LIMIT, "sign_in", "alice", what="sign-ins")
+    await other.hit(LIMIT, "sign_in", "alice", what="sign-ins", cost=2)
     with pytest.raises(MeshError) as caught:
-        await one.hit(LIMIT, "sign_in", "alice")
+        await one.hit(LIMIT, "sign_in", "alice", what="sign-ins")
     refusal = caught.value
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED)
     assert [subject for subject, _ in refusal.quota] == ["sign_in"]
     assert refusal.retry_after_s is not None
     assert 0 < refusal.retry_after_s <= 3600
-    await one.hit(LIMIT, "sign_in", "bob")
-    await one.hit(LIMIT, "register", "alice")
+    assert refusal.message == f"too many sign-ins: at most 3 in 1 hour; try again in {duration_in_words(refusal.retry_after_s)}"
+    await one.hit(LIMIT, "sign_in", "bob", what="sign-ins")
+    await one.hit(LIMIT, "register", "alice", what="new accounts")
 
 
 async def test_many_at_once_get_exactly_the_limit(limiters: tuple[RateLimiter, RateLimiter]) -> None:
     async def attempt(limiter: RateLimiter) -> bool:
         try:
-            await limiter.hit("10/hour", "submit", "alice")
+            await limiter.hit("10/hour", "submit", "alice", what="new jobs")
         except MeshError:
             return False
         return True
@@ -59,19 +60,19 @@ async def test_many_at_once_get_exactly_the_limit(limiters: tuple[RateLimiter, R
 async def test_a_check_counts_nothing_and_a_count_refuses_nothing(limiters: tuple[RateLimiter, RateLimiter]) -> None:
     limiter, _ = limiters
     for _ in range(5):
-        await limiter.check(LIMIT, "sign_in", "alice")
+        await limiter.check(LIMIT, "sign_in", "alice", what="sign-ins")
     for _ in range(5):
         await limiter.count(LIMIT, "sign_in", "alice")
     with pytest.raises(MeshError):
-        await limiter.check(LIMIT, "sign_in", "alice")
+        await limiter.check(LIMIT, "sign_in", "alice", what="sign-ins")
 
 
 async def test_without_redis_each_process_counts_by_itself() -> None:
     limiter = RateLimiter(settings("redis://127.0.0.1:1/0"))
     for _ in range(3):
-        await limiter.hit(LIMIT, "sign_in", "alice")
+        await limiter.hit(LIMIT, "sign_in", "alice", what="sign-ins")
     with pytest.raises(MeshError) as caught:
-        await limiter.hit(LIMIT, "sign_in", "alice")
+        await limiter.hit(LIMIT, "sign_in", "alice", what="sign-ins")
     assert caught.value.reason == Reason.ERROR_REASON_LIMIT_REACHED
-    await limiter.hit(LIMIT, "sign_in", "bob")
+    await limiter.hit(LIMIT, "sign_in", "bob", what="sign-ins")
     await limiter.aclose()

@@ -194,6 +194,30 @@ def test_only_what_is_answered_here_needs_no_token_by_its_route(parsed: dict[str
     for one in free:
         assert "direct_response" in one
         assert "route" not in one
+        # Exact paths, HTTP methods that no binding has, or the rest: see the next test.
+        assert "path" in one["match"] or one["direct_response"]["status"] == 405 or one["match"] == {"prefix": "/"}
+
+
+def test_what_is_no_part_of_the_contract_needs_no_token_and_leads_nowhere(parsed: dict[str, Any]) -> None:
+    *earlier, named_like_methods, last = routes(parsed)
+    assert (last["match"], last["direct_response"]["status"]) == ({"prefix": "/"}, 404)
+    # What the transcoder makes of a path is routed again, without asking for a token again.
+    off = {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "disabled": True}
+    assert last["typed_per_filter_config"][f"{FILTERS}grpc_json_transcoder"] == off
+    assert (named_like_methods["match"], named_like_methods["direct_response"]["status"]) == ({"prefix": "/genmesh."}, 404)
+    assert "typed_per_filter_config" not in named_like_methods
+    assert "/v1/" in {one["match"].get("prefix") for one in earlier}
+    for method in public_methods(settings().descriptors):
+        assert method.path.startswith("/genmesh.")
+        assert all(binding.path.startswith("/v1/") for binding in method.bindings)
+
+
+def test_health_is_not_limited_and_no_place_to_try_keys(parsed: dict[str, Any]) -> None:
+    [health] = [one for one in routes(parsed) if one["match"].get("path") == "/healthz"]
+    disabled = {name.removeprefix(FILTERS) for name, value in health["typed_per_filter_config"].items() if value["disabled"] is True}
+    assert disabled == {"jwt_authn", "local_ratelimit.address", "ext_authz"}
+    limited = [one for one in routes(parsed) if f"{FILTERS}local_ratelimit.address" in one.get("typed_per_filter_config", {})]
+    assert limited == [health]
 
 
 def seconds(value: str) -> float:
@@ -227,7 +251,7 @@ def test_the_two_forms_of_rest_differ_in_streams_alone(parsed: dict[str, Any]) -
     [sse] = [
         one["typed_per_filter_config"][f"{FILTERS}grpc_json_transcoder"]
         for one in routes(parsed)
-        if f"{FILTERS}grpc_json_transcoder" in one.get("typed_per_filter_config", {})
+        if f"{FILTERS}grpc_json_transcoder" in one.get("typed_per_filter_config", {}) and one["match"].get("prefix") == "/v1/"
     ]
     assert standard["services"] == list(dict.fromkeys(method.service for method in public_methods(settings().descriptors)))
     assert sse | {"print_options": None} == standard | {"print_options": None}
@@ -364,6 +388,9 @@ def test_refusals_have_known_reasons() -> None:
         assert errors_pb2.ErrorReason.Name(refusal.reason) != "ERROR_REASON_UNSPECIFIED"
         # Between quotes in an expression, and behind a format that knows percent signs.
         assert not set("'%\\\n") & set(refusal.details + refusal.message)
+        # In a header as they are.
+        assert refusal.message.isascii()
+        assert (refusal.reason == errors_pb2.ERROR_REASON_LIMIT_REACHED) == bool(refusal.limit) == bool(refusal.bound)
 
 
 def test_every_status_of_a_refusal_has_an_answer() -> None:
@@ -432,6 +459,15 @@ def contract(tmp_path: Path, *, access: options_pb2.Access.ValueType, path: str 
 def test_an_internal_method_with_a_rest_binding_is_a_mistake(tmp_path: Path, access: options_pb2.Access.ValueType) -> None:
     with pytest.raises(ValueError, match="MakeThing has a REST binding"):
         render(settings(descriptors=contract(tmp_path, access=access)))
+
+
+@pytest.mark.parametrize("access", [options_pb2.ACCESS_PUBLIC, options_pb2.ACCESS_USER])
+@pytest.mark.parametrize("outside", [{"path": "/v2/things"}, {"path": "/things"}, {"path": "/v1"}, {"package": "elsewhere.jobs.v1"}])
+def test_a_method_where_no_token_is_asked_for_is_a_mistake(
+    tmp_path: Path, access: options_pb2.Access.ValueType, outside: dict[str, str]
+) -> None:
+    with pytest.raises(ValueError, match="no token is asked for"):
+        render(settings(descriptors=contract(tmp_path, access=access, **outside)))
 
 
 def test_a_public_path_with_a_variable_is_a_mistake(tmp_path: Path) -> None:

@@ -51,6 +51,34 @@ def test_retry_after_becomes_a_retry_info() -> None:
 
 
 @pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "1 second"),
+        (0.2, "1 second"),
+        (1.1, "2 seconds"),
+        (60, "1 minute"),
+        (61, "61 seconds"),
+        (121, "3 minutes"),
+        (900, "15 minutes"),
+        (3600, "1 hour"),
+        (3601, "61 minutes"),
+        (7201, "3 hours"),
+        (86400, "1 day"),
+        (90000, "25 hours"),
+        (31 * 86400 - 0.5, "31 days"),
+    ],
+)
+def test_durations_in_words(seconds: float, words: str) -> None:
+    assert errors.duration_in_words(seconds) == words
+
+
+def test_a_limit_says_when_to_come_back_in_words_and_is_named_for_programs() -> None:
+    error = errors.limit_reached("watches", "too many watches: at most 50 may be open at once", retry_after_s=179.5)
+    assert error.message == "too many watches: at most 50 may be open at once; try again in 3 minutes"
+    assert (error.metadata, error.quota) == ({"limit": "watches"}, (("watches", "too many watches: at most 50 may be open at once"),))
+
+
+@pytest.mark.parametrize(
     ("error", "code", "reason"),
     [
         (errors.invalid("f", "d"), grpc.StatusCode.INVALID_ARGUMENT, Reason.ERROR_REASON_INVALID_ARGUMENT),

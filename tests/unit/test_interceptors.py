@@ -328,7 +328,9 @@ async def test_public_needs_nothing_and_reads_no_token(call: Any, token: str | N
 
 
 async def test_user_needs_a_token(probe: Probe, call: Any) -> None:
-    assert verdict(await refusal(call(USER))) == TOKEN_MISSING
+    missing = await refusal(call(USER))
+    assert verdict(missing) == TOKEN_MISSING
+    assert "x-api-key" in missing.message
     answer = await call(USER, token=probe.keys.token(roles=["operator", "admin"]))
     assert (answer.user_id, list(answer.roles), answer.display_name) == (USER_ID, ["admin", "operator"], "")
 
@@ -519,6 +521,24 @@ async def test_a_domain_error_is_its_status(probe: Probe, call: Any) -> None:
     )
     refused = await refusal(call(PUBLIC))
     assert refused == Refusal(grpc.StatusCode.FAILED_PRECONDITION, "JOB_TERMINAL", "the job ended", {"state": "S"}, [])
+
+
+@pytest.mark.parametrize(("retry_after_s", "told"), [(None, None), (1, "1"), (0.2, "1"), (59.1, "60")])
+@pytest.mark.parametrize("method", [PUBLIC, WATCH], ids=["call", "stream"])
+async def test_when_to_come_back_is_told_as_http_tells_it(
+    probe: Probe, call: Any, method: Method, retry_after_s: float | None, told: str | None
+) -> None:
+    error = MeshError(grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_UNAVAILABLE, "away", retry_after_s=retry_after_s)
+
+    async def stream(_request: Any) -> AsyncGenerator[identity_pb2.User]:
+        yield identity_pb2.User()
+        raise error
+
+    probe.unary, probe.stream = raising(error), stream
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await finish(call(method))
+    assert dict(caught.value.trailing_metadata()).get("retry-after") == told
+    assert rpc_status.from_call(caught.value) == error.to_status()  # pyright: ignore[reportArgumentType]
 
 
 async def test_an_unforeseen_exception_tells_nothing_but_the_id_in_the_log(probe: Probe, call: Any) -> None:
@@ -794,10 +814,11 @@ async def echo_origin(_request: Any) -> identity_pb2.User:
     return identity_pb2.User(user_id=principal.client_address, display_name=principal.request_id)
 
 
-async def test_only_the_edge_says_where_a_call_comes_from(probe: Probe, call: Any) -> None:
+async def test_only_the_edge_and_the_gateway_say_where_a_call_comes_from(probe: Probe, call: Any) -> None:
     probe.unary = echo_origin
     answer = await call(PUBLIC, x_client_address="203.0.113.9", x_request_id="the-request")
     assert (answer.user_id, answer.display_name) == ("203.0.113.9", "the-request")
+    assert (await call(PUBLIC, caller="gateway", x_client_address="203.0.113.9")).user_id == "203.0.113.9"
     for other in ("jobs_service", "cli"):
         assert (await call(PUBLIC, caller=other, x_client_address="203.0.113.9")).user_id == "127.0.0.1"
     assert (await call(PUBLIC)).user_id == "", "the edge always says; nobody's word is made up"

@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from gateway import api_keys as domain
 from gateway.api_keys import secret_hash
 from gateway.revocations import revoke
 from gateway.tables import api_keys, revocations, users
+from gateway.tokens import SigningKeys
 from genmesh.credits.v1 import credits_pb2, credits_pb2_grpc
 from genmesh.identity.v1 import identity_pb2
+from servicekit.audit import AuditEntry
 from servicekit.database import transaction
 from servicekit.errors import Reason, permission_denied
-from servicekit.interceptors import Errors
+from servicekit.identity import TokenVerifier, current_user_id
 from servicekit.paging import encode_token
-from servicekit.tls import TlsFiles, server_credentials
+from servicekit.server import MeshServer
+from servicekit.settings import ServerSettings
 from tests.service.gateway.callers import Person, admin, bearer, claims_of, create_key, get_me, key_sign_in, person, revoke_key, update
 
 FORM = re.compile(r"gmk_[0-9A-Za-z]{12}_[0-9A-Za-z]{43}")
@@ -244,11 +248,13 @@ async def test_a_key_does_only_what_its_scopes_say(gateway: Any, refused: Any) -
     )
     everything = await create_key(gateway, owner, "read", "submit", "admin")
     token = (await key_sign_in(gateway, everything.secret)).access_token
-    # No key makes, lists or ends keys.
+    # No key makes, lists or ends keys, nor is it told of its owner's identities elsewhere.
     for call, request in (
         (gateway.users.CreateApiKey, identity_pb2.CreateApiKeyRequest(display_name="x", scopes=[identity_pb2.API_KEY_SCOPE_READ])),
         (gateway.users.ListApiKeys, identity_pb2.ListApiKeysRequest()),
         (gateway.users.RevokeApiKey, identity_pb2.RevokeApiKeyRequest(api_key_id=everything.api_key.api_key_id)),
+        (gateway.users.ListIdentities, identity_pb2.ListIdentitiesRequest()),
+        (gateway.users.UnlinkIdentity, identity_pb2.UnlinkIdentityRequest(identity_id=str(uuid.uuid4()))),
     ):
         error = await refused(call(request, metadata=bearer(token)))
         assert (error.reason, error.metadata) == (Reason.ERROR_REASON_SCOPE_MISSING, {"scope": ""})
@@ -352,67 +358,89 @@ async def test_guessing_is_slow_and_stops_no_right_key(start_gateway: Any, refus
 
 
 class CreditsStandIn(credits_pb2_grpc.CreditsServiceServicer):
-    """credit_service as far as ceilings of keys go."""
+    """credit_service as far as ceilings of keys go; its audit trail, too."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[credits_pb2.SetKeyCeilingRequest, dict[str, Any]]] = []
+        self.calls: list[tuple[credits_pb2.SetKeyCeilingRequest, str]] = []
+        """Requests, and in whose name they came."""
+        self.begun: list[AuditEntry] = []
         self.refuse = False
 
     async def SetKeyCeiling(self, request: credits_pb2.SetKeyCeilingRequest, context: Any) -> credits_pb2.SetKeyCeilingResponse:  # noqa: N802
-        self.calls.append((request, dict(context.invocation_metadata())))
+        self.calls.append((request, current_user_id()))
         if self.refuse:
-            # As services answer: with a typed reason.
-            call: Any = type("Call", (), {"context": context, "method": "x", "code": None})()
-            async with Errors().around(call):
-                raise permission_denied("no")
+            raise permission_denied("no")
         return credits_pb2.SetKeyCeilingResponse()
 
+    async def begin(self, entry: AuditEntry) -> None:
+        self.begun.append(entry)
+
+    async def finish(self, entry: AuditEntry) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class WithCredits:
+    """A gateway whose credit_service is a stand-in."""
+
+    gateway: Any
+    credits: CreditsStandIn
+
 
 @pytest_asyncio.fixture(scope="module")
-async def credit_service(certificates: Path) -> AsyncIterator[tuple[CreditsStandIn, str]]:
+async def with_credits(start_gateway: Any, certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[WithCredits]:
+    directory = tmp_path_factory.mktemp("keys")
+    settings = ServerSettings.model_validate({"certificates_dir": certificates, "drain_s": 0})
+    verifier = TokenVerifier(SigningKeys.open(directory), issuer=settings.token_issuer, audience=settings.token_audience)
     stand_in = CreditsStandIn()  # pyright: ignore[reportAbstractUsage]  # its other methods are not called
-    server = grpc.aio.server()
-    credits_pb2_grpc.add_CreditsServiceServicer_to_server(stand_in, server)
-    port = server.add_secure_port("127.0.0.1:0", server_credentials(TlsFiles.of(certificates, "credit_service")))
-    await server.start()
-    yield stand_in, f"127.0.0.1:{port}"
-    await server.stop(0)
+    # As services answer: with typed refusals, to callers that they proved.
+    server = MeshServer(settings, service="credit_service", verifier=verifier, checks={}, audit=stand_in)
+    credits_pb2_grpc.add_CreditsServiceServicer_to_server(stand_in, server.grpc)
+    async with server.running("genmesh.credits.v1.CreditsService"):
+        gateway = await start_gateway(credits_address=f"127.0.0.1:{server.port}", signing_keys_dir=directory)
+        yield WithCredits(gateway, stand_in)
 
 
-@pytest_asyncio.fixture(scope="module")
-async def with_credits(start_gateway: Any, credit_service: tuple[CreditsStandIn, str]) -> Any:
-    return await start_gateway(credits_address=credit_service[1])
-
-
-async def test_ceilings_are_set_in_the_owners_name(with_credits: Any, credit_service: tuple[CreditsStandIn, str]) -> None:
-    stand_in, _ = credit_service
-    stand_in.calls.clear()
-    owner = await person(with_credits)
-    made = await create_key(with_credits, owner, daily_ceiling_millicredits=0, monthly_ceiling_millicredits=5)
-    [(request, metadata)] = stand_in.calls
+async def test_ceilings_are_set_in_the_owners_name(with_credits: WithCredits) -> None:
+    gateway, calls = with_credits.gateway, with_credits.credits.calls
+    calls.clear()
+    owner = await person(gateway)
+    made = await create_key(gateway, owner, daily_ceiling_millicredits=0, monthly_ceiling_millicredits=5)
+    [(request, user_id)] = calls
     assert request == credits_pb2.SetKeyCeilingRequest(api_key_id=made.api_key.api_key_id, daily_millicredits=0, monthly_millicredits=5)
-    assert metadata["authorization"] == f"Bearer {owner.access_token}"
-    stand_in.calls.clear()
-    await create_key(with_credits, owner, monthly_ceiling_millicredits=7)
-    [(request, _)] = stand_in.calls
+    assert user_id == owner.user.user_id
+    calls.clear()
+    await create_key(gateway, owner, monthly_ceiling_millicredits=7)
+    [(request, _)] = calls
     assert not request.HasField("daily_millicredits")
-    stand_in.calls.clear()
-    await create_key(with_credits, owner)
-    assert stand_in.calls == []
+    calls.clear()
+    await create_key(gateway, owner)
+    assert calls == []
 
 
-async def test_without_its_ceiling_there_is_no_key(
-    gateway: Any, with_credits: Any, credit_service: tuple[CreditsStandIn, str], refused: Any
-) -> None:
-    stand_in, _ = credit_service
-    owner = await person(with_credits)
+async def test_the_trail_tells_where_the_owner_called_from_when_a_ceiling_is_set(with_credits: WithCredits) -> None:
+    owner = await person(with_credits.gateway)
+    with_credits.credits.begun.clear()
+    request_id = str(uuid.uuid4())
+    metadata = [*owner.metadata, ("x-client-address", "203.0.113.9"), ("x-request-id", request_id)]
+    request = identity_pb2.CreateApiKeyRequest(display_name="ci", scopes=[identity_pb2.API_KEY_SCOPE_READ], daily_ceiling_millicredits=1)
+    made = await with_credits.gateway.users.CreateApiKey(request, metadata=metadata)
+    [entry] = with_credits.credits.begun
+    assert (entry.method, entry.subject) == ("genmesh.credits.v1.CreditsService/SetKeyCeiling", made.api_key.api_key_id)
+    assert (entry.actor_user_id, entry.actor_service) == (owner.user.user_id, "")
+    assert (entry.client_address, entry.request_id) == ("203.0.113.9", request_id)
+
+
+async def test_without_its_ceiling_there_is_no_key(gateway: Any, with_credits: WithCredits, refused: Any) -> None:
+    stand_in, bounded = with_credits.credits, with_credits.gateway
+    owner = await person(bounded)
     stand_in.refuse = True
     try:
-        error = await refused(create_key(with_credits, owner, daily_ceiling_millicredits=1))
+        error = await refused(create_key(bounded, owner, daily_ceiling_millicredits=1))
     finally:
         stand_in.refuse = False
     assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
-    assert not (await list_keys(with_credits, owner)).api_keys
+    assert not (await list_keys(bounded, owner)).api_keys
     # Nobody listens where this one looks for credit_service.
     alone = await person(gateway)
     error = await refused(create_key(gateway, alone, daily_ceiling_millicredits=1))

@@ -11,15 +11,20 @@ import grpc
 import pytest
 import pytest_asyncio
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
-from gateway import app, audit
+from gateway import app, audit, store
 from genmesh.identity.v1 import identity_pb2 as pb
 from genmesh.identity.v1 import identity_pb2_grpc
+from genmesh.jobs.v1 import jobs_pb2
+from genmesh.options.v1 import options_pb2
 from servicekit import paging
+from servicekit.audit import Recorder, RemoteTrail, about
 from servicekit.client import mesh_channel
 from servicekit.database import migrate, transaction
 from servicekit.errors import Reason
+from servicekit.identity import Principal, set_principal
 from servicekit.settings import DatabaseSettings
 from tests.service.gateway.callers import (
     PASSWORD,
@@ -132,10 +137,11 @@ async def test_keys_leave_entries_without_secrets(gateway: Any, boss: Person, re
     await refused(key_sign_in(gateway, made.secret[:-1] + "!"))
     await revoke_key(gateway, who, made.api_key.api_key_id)
     found = await entries(gateway, boss, subject=made.api_key.api_key_id)
-    assert [entry.method for entry in found] == [f"{IDENTITY}/RevokeApiKey", f"{IDENTITY}/SignIn"]
+    assert [entry.method for entry in found] == [f"{IDENTITY}/{name}" for name in ("RevokeApiKey", "SignIn", "CreateApiKey")]
     assert {entry.actor_user_id for entry in found} == {who.user.user_id}
-    [entry] = await entries(gateway, boss, actor_user_id=who.user.user_id, method=f"{IDENTITY}/CreateApiKey")
-    assert dict(entry.details) == {"api_key_id": made.api_key.api_key_id, "prefix": made.api_key.prefix, "scopes": "read,admin"}
+    assert {(entry.subject, entry.reporter) for entry in found} == {(made.api_key.api_key_id, "gateway")}
+    assert dict(found[-1].details) == {"prefix": made.api_key.prefix, "scopes": "read,admin"}
+    assert found[-1:] == await entries(gateway, boss, actor_user_id=who.user.user_id, method=f"{IDENTITY}/CreateApiKey")
     assert made.secret.rpartition("_")[2] not in repr(await entries(gateway, boss))
 
 
@@ -173,19 +179,62 @@ async def test_a_service_begins_and_finishes_an_entry(gateway: Any, boss: Person
     [begun] = await entries(gateway, boss, subject=entry["subject"])
     assert not begun.HasField("code")
     assert {name: getattr(begun, name) for name in entry if name != "details"} | {"details": dict(begun.details)} == entry
-    await begin(trail, **entry | {"subject": "something else"})  # sent again: changes nothing
+    assert begun.reporter == "jobs_service"
+    await begin(trail, **entry | {"subject": "something else", "reporter": "gateway"})  # sent again: changes nothing
     await finish(trail, begun.audit_entry_id, code=9, reason="ERROR_REASON_JOB_TERMINAL", details={"b": "3", "c": "4"})
     await finish(trail, begun.audit_entry_id, code=0)  # the first outcome stays
     [finished] = await entries(gateway, boss, subject=entry["subject"])
     assert (finished.code, finished.reason, dict(finished.details)) == (9, "ERROR_REASON_JOB_TERMINAL", {"a": "1", "b": "3", "c": "4"})
-    assert finished.act_time == begun.act_time
+    assert (finished.act_time, finished.reporter) == (begun.act_time, "jobs_service")
+
+
+async def test_what_an_act_was_done_to_may_become_known_while_it_happens(gateway: Any, boss: Person, trail: Any) -> None:
+    late, begun = fresh_id(), fresh_id()
+    await begin(trail, audit_entry_id=begun)
+    await finish(trail, begun, subject=late)
+    await finish(trail, begun, subject=(other := fresh_id()))  # the first outcome stays
+    [entry] = await entries(gateway, boss, subject=late)
+    assert (entry.audit_entry_id, entry.subject, entry.HasField("code")) == (begun, late, True)
+    assert await entries(gateway, boss, subject=other) == []
+    # What was said before the act is not rewritten after it.
+    named, second = fresh_id(), fresh_id()
+    await begin(trail, audit_entry_id=second, subject=named)
+    await finish(trail, second, subject=other)
+    [entry] = await entries(gateway, boss, subject=named)
+    assert (entry.audit_entry_id, entry.subject, entry.HasField("code")) == (second, named, True)
+    assert await entries(gateway, boss, subject=other) == []
+
+
+async def test_an_act_of_a_service_says_what_became_known_and_who_wrote_it_down(gateway: Any, boss: Person) -> None:
+    late = fresh_id()
+    async with mesh_channel(gateway.settings, f"127.0.0.1:{gateway.port}", caller="jobs_service", service="gateway") as channel:
+        recorder = Recorder(RemoteTrail(channel))
+        set_principal(Principal(user_id=boss.user.user_id))
+        async with recorder.around(f"/{REQUEUE}", jobs_pb2.ListJobsRequest(), options_pb2.ACCESS_ADMIN):
+            about(subject=late, amount="1")
+            about(subject=fresh_id())
+        request = jobs_pb2.RequeueDeadLetterRequest(job_id=(job_id := fresh_id()))
+        async with recorder.around(f"/{REQUEUE}", request, options_pb2.ACCESS_ADMIN):
+            about(subject=late)
+    [entry] = await entries(gateway, boss, subject=late)
+    assert (entry.subject, entry.reporter, dict(entry.details), entry.HasField("code")) == (late, "jobs_service", {"amount": "1"}, True)
+    [entry] = await entries(gateway, boss, subject=job_id)
+    assert (entry.subject, entry.HasField("code")) == (job_id, True)
+
+
+async def test_who_signed_out_is_found_by_their_account(gateway: Any, boss: Person) -> None:
+    who = await person(gateway)
+    await gateway.users.SignOut(pb.SignOutRequest(), metadata=who.metadata)
+    [entry] = await entries(gateway, boss, subject=who.user.user_id, method=f"{IDENTITY}/SignOut")
+    assert (entry.actor_user_id, entry.details["ended"]) == (who.user.user_id, "signed_out")
 
 
 async def test_an_entry_can_come_with_its_outcome(gateway: Any, boss: Person, trail: Any) -> None:
     subject = fresh_id()
-    await begin(trail, audit_entry_id=fresh_id(), actor_service="jobs_service", subject=subject, code=0, reason="")
+    # Who reports it is not theirs to say.
+    await begin(trail, audit_entry_id=fresh_id(), actor_service="jobs_service", subject=subject, code=0, reason="", reporter="gateway")
     [entry] = await entries(gateway, boss, subject=subject)
-    assert (entry.HasField("code"), entry.code, entry.actor_service) == (True, 0, "jobs_service")
+    assert (entry.HasField("code"), entry.code, entry.actor_service, entry.reporter) == (True, 0, "jobs_service", "jobs_service")
 
 
 async def test_what_cannot_be_stored_is_cut_and_not_refused(gateway: Any, boss: Person, trail: Any) -> None:
@@ -236,9 +285,7 @@ async def test_a_service_reports_only_what_it_serves(gateway: Any, boss: Person,
         assert await entries(gateway, boss, subject=subject) == []
         await begin(stub, audit_entry_id=fresh_id(), method=SERVED[caller], subject=subject)
     [entry] = await entries(gateway, boss, subject=subject)
-    async with transaction(gateway.engine) as connection:
-        query = sa.text("SELECT reporter FROM audit_entries WHERE audit_entry_id = :id").bindparams(id=uuid.UUID(entry.audit_entry_id))
-        assert (await connection.execute(query)).scalar_one() == caller
+    assert entry.reporter == caller
 
 
 async def test_an_entry_is_ended_by_who_began_it(gateway: Any, boss: Person, trail: Any, reporting: Reporting, refused: Any) -> None:
@@ -299,6 +346,27 @@ async def test_entries_are_selected_and_paged(gateway: Any, boss: Person, trail:
     error = await refused(gateway.admin.ListAuditEntries(other, metadata=boss.metadata))
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
     assert await entries(gateway, boss, subject="\0") == []
+
+
+async def test_entries_with_subjects_from_before_and_from_after_are_one_list(gateway: Any, boss: Person, trail: Any, refused: Any) -> None:
+    subject, methods, actor = fresh_id(), [f"genmesh.jobs.v1.Test/{fresh_id()}" for _ in range(2)], fresh_id()
+    made: list[str] = []
+    for number in range(9):
+        made.append(fresh_id())
+        early = {"subject": subject} if number % 3 == 0 else {}
+        await begin(trail, audit_entry_id=made[-1], method=methods[number % 2], actor_user_id=actor, **early)
+    for number in (8, 1, 0, 2, 5, 3, 7):  # 4 is not known to be about it, nor is 6's outcome
+        await finish(trail, made[number], subject=subject)
+    expected = [made[number] for number in (8, 7, 6, 5, 3, 2, 1, 0)]
+    for page_size in (1, 2, 3, 0):
+        found = await entries(gateway, boss, subject=subject, page_size=page_size)
+        assert [entry.audit_entry_id for entry in found] == expected
+    assert {entry.subject for entry in found} == {subject}
+    assert await entries(gateway, boss, subject=subject, actor_user_id=actor, page_size=3) == found
+    assert await entries(gateway, boss, subject=subject, actor_user_id=fresh_id()) == []
+    assert await entries(gateway, boss, subject=subject, method=methods[1], page_size=1) == [found[number] for number in (1, 3, 4, 6)]
+    between = {"start_time": found[5].act_time, "end_time": found[1].act_time}
+    assert await entries(gateway, boss, subject=subject, page_size=1, **between) == found[2:6]
 
 
 @pytest.mark.parametrize("selection", [{"actor_user_id": "x"}, {"start_time": {"seconds": 2**60}}, {"end_time": {"seconds": -(2**60)}}])
@@ -389,6 +457,60 @@ async def test_nothing_is_changed_or_removed_even_by_the_owner(gateway: Any, bos
         await run("GRANT ALL ON audit_entries, audit_outcomes TO CURRENT_USER", statement)
     [_, *rest] = await entries(gateway, boss, method=UPDATE_USER)
     assert rest == before
+
+
+async def test_no_list_reads_the_whole_trail(postgres: Any, start_gateway: Any) -> None:
+    url = postgres.create_database()
+    await asyncio.to_thread(migrate, DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)
+    gateway = await start_gateway(database_url=url)
+    subject, limit = fresh_id(), 51
+    # One of ten entries has the subject, and one of ten gets it afterwards.
+    entries_of = (
+        "INSERT INTO audit_entries (audit_entry_id, act_time, actor_service, method, subject, client_address, request_id, details)"
+        " SELECT gen_random_uuid(), now() - n * interval '1 s', '', 'm',"
+        " CASE n % 10 WHEN 0 THEN :subject WHEN 1 THEN '' ELSE 'other ' || n END, '', '', '{}'"
+        " FROM generate_series(1, 20000) AS n"
+    )
+    outcomes_of = (
+        "INSERT INTO audit_outcomes (audit_entry_id, act_time, code, reason, subject, details) SELECT audit_entry_id, act_time, 0, '',"
+        " CASE WHEN subject = '' THEN :subject ELSE '' END, '{}' FROM audit_entries"
+    )
+    plans: list[dict[str, Any]] = []
+
+    async with gateway.engine.connect() as connection:
+        await connection.execute(sa.text(entries_of).bindparams(subject=subject))
+        await connection.execute(sa.text(outcomes_of).bindparams(subject=subject))
+        await connection.commit()
+        await connection.execute(sa.text("ANALYZE audit_entries, audit_outcomes"))
+        await connection.commit()
+        asked: list[tuple[str, Any]] = []
+
+        def note(*call: Any) -> None:
+            asked.append((call[2], call[3]))
+
+        event.listen(gateway.engine.sync_engine, "before_cursor_execute", note)
+        try:
+            selection = audit.AuditFilter(subject=subject)
+            first = await store.list_audit_entries(connection, selection, before=None, limit=limit)
+            before = first[-1].act_time, first[-1].audit_entry_id
+            second = await store.list_audit_entries(connection, selection, before=before, limit=limit)
+            assert (len(first), len(second), len({row.audit_entry_id for row in (*first, *second)})) == (limit, limit, 2 * limit)
+        finally:
+            event.remove(gateway.engine.sync_engine, "before_cursor_execute", note)
+        for statement, parameters in asked:
+            explained = await connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
+            plans.append(explained.scalar_one()[0]["Plan"])
+
+    def nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+        return [plan, *(node for child in plan.get("Plans", ()) for node in nodes(child))]
+
+    assert len(plans) == 2
+    for plan in plans:
+        assert {"ix_audit_entries_subject", "ix_audit_outcomes_subject"} <= {node.get("Index Name", "") for node in nodes(plan)}
+        # Nor all that is about the subject, 2,000 entries of each kind: a page of each.
+        for node in nodes(plan):
+            assert node["Node Type"] != "Seq Scan"
+            assert (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] <= 2 * limit, node
 
 
 async def test_what_cannot_be_written_down_does_not_happen(postgres: Any, start_gateway: Any, refused: Any) -> None:

@@ -1,4 +1,7 @@
-"""Plans: administrators change them, credit_service reads who has which since when; how accounts got their start of it."""
+"""Plans: administrators change them, credit_service reads who has which since when.
+
+And what migrations made of rows from before: how accounts got the start of their plans, and identities their ids.
+"""
 
 import asyncio
 import uuid
@@ -246,6 +249,33 @@ def test_accounts_from_before_get_the_time_they_were_made(postgres: Any) -> None
         )
     )
     assert (counts, procedures, columns) == ((OLD_ACCOUNTS, 1), (0,), ("NO",))
+
+
+def test_identities_from_before_get_ids(postgres: Any) -> None:
+    url = postgres.create_database()
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("gateway").joinpath("migrations")))
+    config.attributes.update(database_url=url, schema=app.SCHEMA)
+    settings = DatabaseSettings.model_validate({"database_url": url})
+    insert = (
+        "WITH made AS (INSERT INTO users (user_id, email, display_name, roles, plan)"
+        " SELECT id, id || '@example.org', 'x', '{}', 'PLAN_FREE' FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, 50)) AS ids"
+        " RETURNING user_id) INSERT INTO identities (issuer, subject, user_id) SELECT 'https://issuer.example', user_id, user_id FROM made"
+    )
+    command.upgrade(config, "0008")
+    asyncio.run(execute(settings, insert))
+    command.upgrade(config, "0009")
+    asyncio.run(execute(settings, insert))  # a gateway that does not know the column
+    migrate(settings, package="gateway", schema=app.SCHEMA)
+    [counts, columns, constraints] = asyncio.run(
+        execute(
+            settings,
+            "SELECT count(*), count(DISTINCT identity_id) FROM identities",
+            "SELECT is_nullable FROM information_schema.columns WHERE table_name = 'identities' AND column_name = 'identity_id'",
+            "SELECT count(*) FROM pg_constraint WHERE conrelid = 'identities'::regclass AND contype = 'c'",
+        )
+    )
+    assert (counts, columns, constraints) == ((100, 100), ("NO",), (0,))
 
 
 async def execute(settings: DatabaseSettings, *statements: str) -> list[tuple[object, ...]]:

@@ -21,10 +21,12 @@ from tests.e2e.caller import (
     GET_SIGN_IN_OPTIONS,
     GRPC_WEB,
     LINK_IDENTITY,
+    LIST_IDENTITIES,
     REFRESH_SESSION,
     REGISTER_USER,
     SIGN_IN,
     SIGN_OUT,
+    UNLINK_IDENTITY,
     Edge,
     Method,
     Transport,
@@ -166,6 +168,33 @@ async def test_every_way_in(edge: Edge, issuer: Issuer, transport: Transport) ->
         await edge.call(SIGN_OUT, identity_pb2.SignOutRequest(), session.access_token, transport)
         again = identity_pb2.RefreshSessionRequest(refresh_token=session.refresh_token)
         assert (await refused(edge.call(REFRESH_SESSION, again, transport=transport))).code is Code.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_linking_listing_and_unlinking(edge: Edge, issuer: Issuer, transport: Transport) -> None:
+    async def call(method: Method[Any, Any], request: Any) -> Any:
+        return await edge.call(method, request, session.access_token, transport)
+
+    claims = issuer.claims()
+    session = await edge.call(SIGN_IN, identity_pb2.SignInRequest(google_id_token=issuer.sign(claims)))
+    [only] = (await call(LIST_IDENTITIES, identity_pb2.ListIdentitiesRequest())).identities
+    assert only.issuer == issuer.url
+    refusal = await refused(call(UNLINK_IDENTITY, identity_pb2.UnlinkIdentityRequest(identity_id=only.identity_id)))
+    assert (refusal.code, refusal.reason) == (Code.FAILED_PRECONDITION, "LAST_IDENTITY")
+    assert refusal.http_status == (400 if transport is Transport.JSON else None)
+    session = await edge.call(SIGN_IN, by_password(await register(edge)))
+    refusal = await refused(call(UNLINK_IDENTITY, identity_pb2.UnlinkIdentityRequest(identity_id=only.identity_id)))
+    assert (refusal.code, refusal.reason) == (Code.NOT_FOUND, "NOT_FOUND")
+    await call(LINK_IDENTITY, identity_pb2.LinkIdentityRequest(google_id_token=issuer.sign(issuer.claims())))
+    [made] = (await call(LIST_IDENTITIES, identity_pb2.ListIdentitiesRequest())).identities
+    await call(UNLINK_IDENTITY, identity_pb2.UnlinkIdentityRequest(identity_id=made.identity_id))
+    assert not (await call(LIST_IDENTITIES, identity_pb2.ListIdentitiesRequest())).identities
+    of_nobody: list[tuple[Method[Any, Any], Any]] = [
+        (LIST_IDENTITIES, identity_pb2.ListIdentitiesRequest()),
+        (UNLINK_IDENTITY, identity_pb2.UnlinkIdentityRequest(identity_id=only.identity_id)),
+    ]
+    for method, request in of_nobody:
+        assert (await refused(edge.call(method, request, transport=transport))).code is Code.UNAUTHENTICATED
 
 
 # --- cookies

@@ -20,11 +20,11 @@ import pytest_asyncio
 import sqlalchemy as sa
 import structlog
 
-from gateway import oidc
+from gateway import identity, oidc, store
 from gateway.tables import audit_entries, audit_outcomes, identities, passwords, sessions, users
 from genmesh.identity.v1 import identity_pb2
 from servicekit.database import transaction
-from servicekit.errors import Reason
+from servicekit.errors import MeshError, Reason
 from tests.service.gateway.issuer import (
     APP_ID,
     CLIENT_ID,
@@ -92,6 +92,14 @@ def link(gateway: Any, access_token: str, token: str) -> Any:
     return gateway.users.LinkIdentity(identity_pb2.LinkIdentityRequest(google_id_token=token), metadata=bearer(access_token))
 
 
+async def linked(gateway: Any, access_token: str) -> list[identity_pb2.LinkedIdentity]:
+    return list((await gateway.users.ListIdentities(identity_pb2.ListIdentitiesRequest(), metadata=bearer(access_token))).identities)
+
+
+def unlink(gateway: Any, access_token: str, identity_id: str) -> Any:
+    return gateway.users.UnlinkIdentity(identity_pb2.UnlinkIdentityRequest(identity_id=identity_id), metadata=bearer(access_token))
+
+
 async def with_password(gateway: Any, email: str) -> identity_pb2.SignInResponse:
     """A session of a new account with a password."""
     await gateway.users.RegisterUser(identity_pb2.RegisterUserRequest(email=email, password=PASSWORD))
@@ -108,7 +116,13 @@ async def audited(gateway: Any, user_id: str, method: str) -> list[Any]:
     """What the audit trail says that an account did, oldest first."""
     async with transaction(gateway.engine) as connection:
         query = (
-            sa.select(audit_entries, audit_outcomes.c.code, audit_outcomes.c.reason, audit_outcomes.c.details.label("more"))
+            sa.select(
+                audit_entries,
+                audit_outcomes.c.code,
+                audit_outcomes.c.reason,
+                audit_outcomes.c.subject.label("late_subject"),
+                audit_outcomes.c.details.label("more"),
+            )
             .outerjoin(audit_outcomes, audit_outcomes.c.audit_entry_id == audit_entries.c.audit_entry_id)
             .where(
                 audit_entries.c.actor_user_id == uuid.UUID(user_id),
@@ -421,21 +435,52 @@ async def test_linking(google: Any, issuer: Issuer, refused: Any) -> None:
     assert entries[0].more["external_subject"] == claims["sub"]
 
 
-async def test_only_a_young_session_links(google: Any, issuer: Issuer, refused: Any) -> None:
+async def change_sessions(gateway: Any, user_id: str, **values: Any) -> None:
+    async with transaction(gateway.engine) as connection:
+        await connection.execute(sessions.update().where(sessions.c.user_id == uuid.UUID(user_id)).values(**values))
+
+
+async def test_only_a_young_session_links_and_unlinks(google: Any, issuer: Issuer, refused: Any) -> None:
     session = await with_password(google, email := fresh_email())
-    async with transaction(google.engine) as connection:
-        aged = sa.func.now() - timedelta(seconds=google.settings.recent_sign_in_s + 1)
-        await connection.execute(sessions.update().where(sessions.c.user_id == uuid.UUID(session.user.user_id)).values(create_time=aged))
+    kept = issuer.claims(email=fresh_email())
+    await link(google, session.access_token, issuer.sign(kept))
+    [before] = await linked(google, session.access_token)
+    aged = sa.func.now() - timedelta(seconds=google.settings.recent_sign_in_s + 1)
+    await change_sessions(google, session.user.user_id, create_time=aged)
     # However young the token is.
     session = await google.users.RefreshSession(identity_pb2.RefreshSessionRequest(refresh_token=session.refresh_token))
     claims = issuer.claims(email=fresh_email())
-    error = await refused(link(google, session.access_token, issuer.sign(claims)))
-    assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
-    assert "sign in again" in error.message
-    assert await count(google, identities.select().where(identities.c.subject == claims["sub"])) == 0
+    # Whose identity it is, and whether it is the last one, is not even looked at.
+    for call in (
+        link(google, session.access_token, issuer.sign(claims)),
+        unlink(google, session.access_token, before.identity_id),
+        unlink(google, session.access_token, str(uuid.uuid4())),
+    ):
+        error = await refused(call)
+        assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
+        assert "sign in again" in error.message
+    assert await linked(google, session.access_token) == [before]
     credential = identity_pb2.PasswordCredential(email=email, password=PASSWORD)
     again = await google.users.SignIn(identity_pb2.SignInRequest(password=credential))
+    await unlink(google, again.access_token, before.identity_id)
     await link(google, again.access_token, issuer.sign(claims))
+
+
+async def test_a_session_that_was_ended_links_and_unlinks_no_more(google: Any, issuer: Issuer) -> None:
+    """Its access token may be believed for some seconds yet."""
+    session = await by_token(google, issuer.sign(issuer.claims()))
+    [found] = await linked(google, session.access_token)
+    user_id = uuid.UUID(session.user.user_id)
+    session_id = uuid.UUID(jwt.decode(session.access_token, options={"verify_signature": False})["sid"])
+    await change_sessions(google, session.user.user_id, end_time=sa.func.now(), end_reason=identity.END_SIGNED_OUT)
+    proof = oidc.IdToken("google_id_token", issuer.sign(issuer.claims()))
+    for call in (
+        google.accounts.link(user_id, session_id, proof, client_address=""),
+        google.accounts.unlink(user_id, session_id, uuid.UUID(found.identity_id)),
+    ):
+        with pytest.raises(MeshError) as caught:
+            await call
+        assert caught.value.code is grpc.StatusCode.PERMISSION_DENIED
 
 
 async def test_of_many_who_link_one_identity_one_gets_it(google: Any, issuer: Issuer) -> None:
@@ -448,6 +493,108 @@ async def test_of_many_who_link_one_identity_one_gets_it(google: Any, issuer: Is
     assert await count(google, identities.select().where(identities.c.subject == claims["sub"])) == 1
     # Either the sign-in came first, made an account and everybody else was refused; or it found the account of who linked.
     assert len(refusals) in (3, 4)
+
+
+# --- unlinking
+
+
+@pytest_asyncio.fixture(scope="module")
+async def two_issuers(start_gateway: Any, issuer: Issuer) -> AsyncGenerator[tuple[Any, Issuer]]:
+    """A gateway whose providers are not the same issuer, and the second of them."""
+    with running_issuer() as other:
+        yield await start_gateway(**google_settings(issuer.url), firebase_project_id=PROJECT_ID, firebase_issuer=other.url), other
+
+
+def link_firebase(gateway: Any, access_token: str, token: str) -> Any:
+    return gateway.users.LinkIdentity(identity_pb2.LinkIdentityRequest(firebase_id_token=token), metadata=bearer(access_token))
+
+
+async def test_identities_are_listed_to_their_owner_oldest_first(two_issuers: tuple[Any, Issuer], issuer: Issuer, refused: Any) -> None:
+    gateway, other = two_issuers
+    ann, eve = await with_password(gateway, fresh_email()), await by_token(gateway, issuer.sign(issuer.claims()))
+    assert await linked(gateway, ann.access_token) == []
+    await link_firebase(gateway, ann.access_token, other.sign(other.firebase_claims()))
+    await link(gateway, ann.access_token, issuer.sign(issuer.claims()))
+    found = await linked(gateway, ann.access_token)
+    assert [one.issuer for one in found] == [other.url, issuer.url]
+    assert found[0].create_time.ToNanoseconds() < found[1].create_time.ToNanoseconds()
+    assert abs(found[0].create_time.ToSeconds() - time.time()) < 60
+    # The first sign-in made a link too.
+    [of_eve] = await linked(gateway, eve.access_token)
+    assert of_eve.issuer == issuer.url
+    assert len({one.identity_id for one in (*found, of_eve)}) == 3
+    assert (await refused(linked(gateway, ""))).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_who_unlinked_an_identity_is_a_stranger_with_it(google: Any, issuer: Issuer, refused: Any) -> None:
+    claims = issuer.claims()
+    ann = await with_password(google, claims["email"])
+    await link(google, ann.access_token, issuer.sign(claims))
+    by_identity = await by_token(google, issuer.sign(claims))
+    [found] = await linked(google, ann.access_token)
+    await unlink(google, ann.access_token, found.identity_id)
+    assert await linked(google, ann.access_token) == []
+    error = await refused(by_token(google, issuer.sign(claims)))
+    assert (error.code, error.reason) == (grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_EMAIL_TAKEN)
+    other = await by_token(google, issuer.sign(claims | {"email": fresh_email()}))
+    assert other.user.user_id != ann.user.user_id
+    # What was begun with it goes on, the password too.
+    await google.users.RefreshSession(identity_pb2.RefreshSessionRequest(refresh_token=by_identity.refresh_token))
+    error = await refused(unlink(google, ann.access_token, found.identity_id))
+    assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, Reason.ERROR_REASON_NOT_FOUND)
+    # Room for another one of this issuer.
+    await link(google, ann.access_token, issuer.sign(issuer.claims()))
+    [next_one] = await linked(google, ann.access_token)
+    assert next_one.identity_id != found.identity_id
+    [made, _] = await audited(google, ann.user.user_id, "LinkIdentity")
+    assert (made.subject, made.late_subject) == ("", found.identity_id)
+    [done, again] = await audited(google, ann.user.user_id, "UnlinkIdentity")
+    assert [(entry.subject, entry.code) for entry in (done, again)] == [(found.identity_id, 0), (found.identity_id, 5)]
+    assert (done.more, again.more) == ({"issuer": issuer.url, "external_subject": claims["sub"]}, {})
+
+
+async def test_identities_of_others_are_not_there(google: Any, issuer: Issuer, refused: Any) -> None:
+    ann, eve = await by_token(google, issuer.sign(claims := issuer.claims())), await with_password(google, fresh_email())
+    [found] = await linked(google, ann.access_token)
+    for identity_id in (found.identity_id, str(uuid.uuid4())):
+        error = await refused(unlink(google, eve.access_token, identity_id))
+        assert (error.code, error.message) == (grpc.StatusCode.NOT_FOUND, "identity not found")
+    assert (await refused(unlink(google, eve.access_token, "x"))).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await refused(unlink(google, "", found.identity_id))).code is grpc.StatusCode.UNAUTHENTICATED
+    assert (await by_token(google, issuer.sign(claims))).user == ann.user
+
+
+async def test_the_only_way_in_stays(two_issuers: tuple[Any, Issuer], issuer: Issuer, refused: Any) -> None:
+    gateway, other = two_issuers
+    last = (grpc.StatusCode.FAILED_PRECONDITION, Reason.ERROR_REASON_LAST_IDENTITY)
+    session = await by_token(gateway, issuer.sign(issuer.claims()))
+    [first] = await linked(gateway, session.access_token)
+    error = await refused(unlink(gateway, session.access_token, first.identity_id))
+    assert (error.code, error.reason) == last
+    await link_firebase(gateway, session.access_token, other.sign(claims := other.firebase_claims()))
+    await unlink(gateway, session.access_token, first.identity_id)
+    [second] = await linked(gateway, session.access_token)
+    error = await refused(unlink(gateway, session.access_token, second.identity_id))
+    assert (error.code, error.reason) == last
+    assert (await by_firebase(gateway, other.sign(claims))).user == session.user
+
+
+async def test_two_at_once_do_not_unlink_both(two_issuers: tuple[Any, Issuer], issuer: Issuer) -> None:
+    gateway, other = two_issuers
+    session = await by_token(gateway, issuer.sign(issuer.claims()))
+    await link_firebase(gateway, session.access_token, other.sign(other.firebase_claims()))
+    both = [one.identity_id for one in await linked(gateway, session.access_token)]
+    waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
+    async with transaction(gateway.engine) as connection:
+        await store.lock_user(connection, uuid.UUID(session.user.user_id))
+        calls = [asyncio.ensure_future(unlink(gateway, session.access_token, identity_id)) for identity_id in both]
+        async with asyncio.timeout(20):
+            while (await connection.execute(waiting)).scalar_one() < 2:  # noqa: ASYNC110  # nobody signals it
+                await asyncio.sleep(0.02)
+    answers: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
+    [error] = [one for one in answers if isinstance(one, grpc.aio.AioRpcError)]
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert len(await linked(gateway, session.access_token)) == 1
 
 
 async def test_the_tokens_are_the_gateways_own(google: Any, issuer: Issuer) -> None:

@@ -85,7 +85,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STORE_FAILED: _ErrorReason.ValueType  # 28
     """In Job.error: the media could not be stored."""
     ERROR_REASON_NOT_OFFERED: _ErrorReason.ValueType  # 29
-    """UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet)."""
+    """UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet); or the resource has no such HTTP method (405)."""
     ERROR_REASON_MODEL_BUSY: _ErrorReason.ValueType  # 30
     """FAILED_PRECONDITION: the model runs a job; unload it when the job has ended. Metadata: `model`."""
     ERROR_REASON_JOB_NOT_FAILED: _ErrorReason.ValueType  # 31
@@ -119,6 +119,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ALREADY_EXISTS: the identity at the other provider belongs to another account, or the account has one there."""
     ERROR_REASON_LAST_ADMIN: _ErrorReason.ValueType  # 42
     """FAILED_PRECONDITION: this would leave nobody with the role `admin`."""
+    ERROR_REASON_REQUEST_TOO_LARGE: _ErrorReason.ValueType  # 43
+    """RESOURCE_EXHAUSTED (HTTP 413): the body of the request is larger than any request of the contract may be."""
+    ERROR_REASON_LAST_IDENTITY: _ErrorReason.ValueType  # 44
+    """FAILED_PRECONDITION: this is the only way left to sign in to the account."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the machine-readable reason of a refusal; clients branch on it, never on the message text."""
@@ -184,7 +188,7 @@ ERROR_REASON_WORKER_LOST: ErrorReason.ValueType  # 27
 ERROR_REASON_STORE_FAILED: ErrorReason.ValueType  # 28
 """In Job.error: the media could not be stored."""
 ERROR_REASON_NOT_OFFERED: ErrorReason.ValueType  # 29
-"""UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet)."""
+"""UNIMPLEMENTED: the contract has it, this deployment does not offer it (yet); or the resource has no such HTTP method (405)."""
 ERROR_REASON_MODEL_BUSY: ErrorReason.ValueType  # 30
 """FAILED_PRECONDITION: the model runs a job; unload it when the job has ended. Metadata: `model`."""
 ERROR_REASON_JOB_NOT_FAILED: ErrorReason.ValueType  # 31
@@ -218,4 +222,8 @@ ERROR_REASON_IDENTITY_TAKEN: ErrorReason.ValueType  # 41
 """ALREADY_EXISTS: the identity at the other provider belongs to another account, or the account has one there."""
 ERROR_REASON_LAST_ADMIN: ErrorReason.ValueType  # 42
 """FAILED_PRECONDITION: this would leave nobody with the role `admin`."""
+ERROR_REASON_REQUEST_TOO_LARGE: ErrorReason.ValueType  # 43
+"""RESOURCE_EXHAUSTED (HTTP 413): the body of the request is larger than any request of the contract may be."""
+ERROR_REASON_LAST_IDENTITY: ErrorReason.ValueType  # 44
+"""FAILED_PRECONDITION: this is the only way left to sign in to the account."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -70,6 +70,16 @@ class IdentityServiceStub:
                 request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityRequest.SerializeToString,
                 response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityResponse.FromString,
                 _registered_method=True)
+        self.ListIdentities = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityService/ListIdentities',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListIdentitiesRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListIdentitiesResponse.FromString,
+                _registered_method=True)
+        self.UnlinkIdentity = channel.unary_unary(
+                '/genmesh.identity.v1.IdentityService/UnlinkIdentity',
+                request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UnlinkIdentityRequest.SerializeToString,
+                response_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UnlinkIdentityResponse.FromString,
+                _registered_method=True)
         self.CreateApiKey = channel.unary_unary(
                 '/genmesh.identity.v1.IdentityService/CreateApiKey',
                 request_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.CreateApiKeyRequest.SerializeToString,
@@ -151,6 +161,22 @@ class IdentityServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListIdentities(self, request, context):
+        """ListIdentities lists the accounts of other identity providers that the caller can sign in with, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnlinkIdentity(self, request, context):
+        """UnlinkIdentity takes back LinkIdentity; the caller has to have signed in as recently. Sessions go on.
+        Errors: NOT_FOUND, PERMISSION_DENIED (sign in again), FAILED_PRECONDITION (LAST_IDENTITY: the account has no password
+        and no other identity).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateApiKey(self, request, context):
         """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
         `x-api-key`, or changed for an access token by SignIn. A key never has roles that its owner lacks.
@@ -213,6 +239,16 @@ def add_IdentityServiceServicer_to_server(servicer, server):
                     servicer.LinkIdentity,
                     request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityRequest.FromString,
                     response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityResponse.SerializeToString,
+            ),
+            'ListIdentities': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListIdentities,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListIdentitiesRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.ListIdentitiesResponse.SerializeToString,
+            ),
+            'UnlinkIdentity': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnlinkIdentity,
+                    request_deserializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UnlinkIdentityRequest.FromString,
+                    response_serializer=genmesh_dot_identity_dot_v1_dot_identity__pb2.UnlinkIdentityResponse.SerializeToString,
             ),
             'CreateApiKey': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateApiKey,
@@ -420,6 +456,60 @@ class IdentityService:
             '/genmesh.identity.v1.IdentityService/LinkIdentity',
             genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityRequest.SerializeToString,
             genmesh_dot_identity_dot_v1_dot_identity__pb2.LinkIdentityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListIdentities(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityService/ListIdentities',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListIdentitiesRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.ListIdentitiesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnlinkIdentity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/genmesh.identity.v1.IdentityService/UnlinkIdentity',
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.UnlinkIdentityRequest.SerializeToString,
+            genmesh_dot_identity_dot_v1_dot_identity__pb2.UnlinkIdentityResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -63,6 +63,13 @@ class IdentityServiceStub:
     Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (sign in again), ALREADY_EXISTS (IDENTITY_TAKEN),
     UNIMPLEMENTED (NOT_OFFERED).
     """
+    ListIdentities: _grpc.UnaryUnaryMultiCallable[_identity_pb2.ListIdentitiesRequest, _identity_pb2.ListIdentitiesResponse]
+    """ListIdentities lists the accounts of other identity providers that the caller can sign in with, oldest first."""
+    UnlinkIdentity: _grpc.UnaryUnaryMultiCallable[_identity_pb2.UnlinkIdentityRequest, _identity_pb2.UnlinkIdentityResponse]
+    """UnlinkIdentity takes back LinkIdentity; the caller has to have signed in as recently. Sessions go on.
+    Errors: NOT_FOUND, PERMISSION_DENIED (sign in again), FAILED_PRECONDITION (LAST_IDENTITY: the account has no password
+    and no other identity).
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_identity_pb2.CreateApiKeyRequest, _identity_pb2.CreateApiKeyResponse]
     """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
     `x-api-key`, or changed for an access token by SignIn. A key never has roles that its owner lacks.
@@ -110,6 +117,13 @@ class IdentityServiceAsyncStub(IdentityServiceStub):
     account of another identity provider from now on.
     Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (sign in again), ALREADY_EXISTS (IDENTITY_TAKEN),
     UNIMPLEMENTED (NOT_OFFERED).
+    """
+    ListIdentities: _aio.UnaryUnaryMultiCallable[_identity_pb2.ListIdentitiesRequest, _identity_pb2.ListIdentitiesResponse]  # type: ignore[assignment]
+    """ListIdentities lists the accounts of other identity providers that the caller can sign in with, oldest first."""
+    UnlinkIdentity: _aio.UnaryUnaryMultiCallable[_identity_pb2.UnlinkIdentityRequest, _identity_pb2.UnlinkIdentityResponse]  # type: ignore[assignment]
+    """UnlinkIdentity takes back LinkIdentity; the caller has to have signed in as recently. Sessions go on.
+    Errors: NOT_FOUND, PERMISSION_DENIED (sign in again), FAILED_PRECONDITION (LAST_IDENTITY: the account has no password
+    and no other identity).
     """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_identity_pb2.CreateApiKeyRequest, _identity_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
     """CreateApiKey makes a key for programs of the caller; the answer is the only place where its secret appears. Sent as
@@ -197,6 +211,25 @@ class IdentityServiceServicer(metaclass=_abc_1.ABCMeta):
         account of another identity provider from now on.
         Errors: UNAUTHENTICATED (ID_TOKEN_INVALID), PERMISSION_DENIED (sign in again), ALREADY_EXISTS (IDENTITY_TAKEN),
         UNIMPLEMENTED (NOT_OFFERED).
+        """
+
+    @_abc_1.abstractmethod
+    def ListIdentities(
+        self,
+        request: _identity_pb2.ListIdentitiesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.ListIdentitiesResponse, _abc.Awaitable[_identity_pb2.ListIdentitiesResponse]]:
+        """ListIdentities lists the accounts of other identity providers that the caller can sign in with, oldest first."""
+
+    @_abc_1.abstractmethod
+    def UnlinkIdentity(
+        self,
+        request: _identity_pb2.UnlinkIdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.UnlinkIdentityResponse, _abc.Awaitable[_identity_pb2.UnlinkIdentityResponse]]:
+        """UnlinkIdentity takes back LinkIdentity; the caller has to have signed in as recently. Sessions go on.
+        Errors: NOT_FOUND, PERMISSION_DENIED (sign in again), FAILED_PRECONDITION (LAST_IDENTITY: the account has no password
+        and no other identity).
         """
 
     @_abc_1.abstractmethod
