@@ -57,7 +57,7 @@ lint: $(STAMP) check-gen ## Everything that reads the code without running it
 breaking: $(STAMP) ## Fail if proto/ breaks clients of the main branch
 	$(BIN)/buf breaking --against '.git#branch=main'
 
-settings: $(STAMP) ## Write the settings table of README.md
+settings: $(STAMP) ## Write the table of docs/settings.md
 	$(BIN)/python -m scripts.settings_table
 
 gen: $(STAMP) ## Make stubs and descriptors from proto/

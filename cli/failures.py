@@ -1,23 +1,16 @@
-"""What can go wrong for a user of the command line: exit codes, and every error as what happened and what to do next.
+"""What can go wrong for a user of the command line: exit codes, and every error as what happened and what to do next."""
 
-`Commands` is the root group of the application; it is the only place where an exception becomes an exit code.
-"""
-
-import errno
-import os
 import sys
 from enum import IntEnum
-from typing import Any
 from unicodedata import category
 
 import grpc
-import typer
+from google.protobuf import json_format
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperGroup
 
 from cli.amounts import credits_text, seconds_text
 
@@ -37,19 +30,21 @@ class ExitCode(IntEnum):
     CREDITS = 6
     CANCELLED = 7
     DISCREPANCY = 8
+    LIMITED = 9
     INTERRUPTED = 130
 
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 the job or the command failed · 2 wrong usage or bad input · 3 not running or unavailable · "
     "4 not signed in or not allowed · 5 not found · 6 not enough credits or a ceiling reached · 7 the job was cancelled · "
-    "8 the ledger does not add up · 78 wrong setting · 130 interrupted."
+    "8 the ledger does not add up · 9 a limit reached, try again later · 78 wrong setting · 130 interrupted."
 )
 
 # What tells more than the code of the status.
 _EXIT_OF_REASON = {
     "ERROR_REASON_INSUFFICIENT_CREDITS": ExitCode.CREDITS,
     "ERROR_REASON_CEILING_REACHED": ExitCode.CREDITS,
+    "ERROR_REASON_REQUEST_TOO_LARGE": ExitCode.USAGE,  # waiting does not help
 }
 
 _EXIT_OF_CODE = {
@@ -57,10 +52,24 @@ _EXIT_OF_CODE = {
     grpc.StatusCode.OUT_OF_RANGE: ExitCode.USAGE,
     grpc.StatusCode.UNAVAILABLE: ExitCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED: ExitCode.UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: ExitCode.UNAVAILABLE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ExitCode.LIMITED,
     grpc.StatusCode.UNAUTHENTICATED: ExitCode.DENIED,
     grpc.StatusCode.PERMISSION_DENIED: ExitCode.DENIED,
     grpc.StatusCode.NOT_FOUND: ExitCode.NOT_FOUND,
+}
+
+# What no server said, as google.rpc.Status has it.
+_STATUS_OF_EXIT = {
+    ExitCode.FAILED: code_pb2.UNKNOWN,
+    ExitCode.USAGE: code_pb2.INVALID_ARGUMENT,
+    ExitCode.UNAVAILABLE: code_pb2.UNAVAILABLE,
+    ExitCode.DENIED: code_pb2.UNAUTHENTICATED,
+    ExitCode.NOT_FOUND: code_pb2.NOT_FOUND,
+    ExitCode.CREDITS: code_pb2.FAILED_PRECONDITION,
+    ExitCode.CANCELLED: code_pb2.CANCELLED,
+    ExitCode.DISCREPANCY: code_pb2.DATA_LOSS,
+    ExitCode.LIMITED: code_pb2.RESOURCE_EXHAUSTED,
+    ExitCode.INTERRUPTED: code_pb2.CANCELLED,
 }
 
 _ADVICE_OF_CODE = {
@@ -99,29 +108,73 @@ _ADVICE_OF_REASON = {
     "ERROR_REASON_UPLOAD_INVALID": "mend the file and upload it again with `genmesh uploads put FILE`",
     "ERROR_REASON_PASSWORD_BREACHED": "choose another password: this one is known from a breach of another site",
     "ERROR_REASON_IDENTITY_TAKEN": "sign in with that identity instead, or link another one",
+    "ERROR_REASON_LAST_IDENTITY": "link another identity first with `genmesh link`: without this one nobody could sign in to the account",
+    "ERROR_REASON_REQUEST_TOO_LARGE": "send less at once: fewer or shorter values",
     "ERROR_REASON_LAST_ADMIN": "give somebody else the role first: `genmesh admin users update EMAIL --role admin`",
     "ERROR_REASON_INTERNAL": "try again; if it stays, give the error id to whoever runs this genmesh",
 }
 
 
 class CommandError(Exception):
-    """An end that the user is told about: one line what happened, one line what to do next, an exit code."""
+    """An end that the user is told about: one line what happened, one line what to do next, an exit code.
 
-    def __init__(self, message: str, advice: str = "", *, code: ExitCode = ExitCode.FAILED, notes: tuple[str, ...] = ()) -> None:
+    `status` is what a server said about it, where one did.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        advice: str = "",
+        *,
+        code: ExitCode = ExitCode.FAILED,
+        notes: tuple[str, ...] = (),
+        status: status_pb2.Status | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.advice = advice
         self.code = code
         self.notes = notes
+        self.status = status
 
-    def show(self) -> None:
-        """Write it to stderr."""
+    def told(
+        self, message: str | None = None, advice: str | None = None, *, code: ExitCode | None = None, notes: tuple[str, ...] | None = None
+    ) -> "CommandError":
+        """The same failure in other words; what is left out stays."""
+        return CommandError(
+            self.message if message is None else message,
+            self.advice if advice is None else advice,
+            code=self.code if code is None else code,
+            notes=self.notes if notes is None else notes,
+            status=self.status,
+        )
+
+    def show(self, *, as_json: bool = False) -> None:
+        """Write it to stderr: in words, or as a google.rpc.Status in JSON, which is one line."""
+        if as_json:
+            print(_status_json(self), file=sys.stderr, flush=True)
+            return
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(Text.assemble(("error: ", "bold red"), printable(self.message)))
         for note in self.notes:
             console.print(Text(f"  - {printable(note)}"))
         if self.advice:
             console.print(Text.assemble(("next:  ", "bold"), printable(self.advice)))
+
+
+def _status_json(failure: CommandError) -> str:
+    """Code and details as the server gave them; the message and, as a LocalizedMessage, notes and advice as everybody gets them."""
+    status = status_pb2.Status(code=_STATUS_OF_EXIT[failure.code])
+    if failure.status is not None:
+        status.CopyFrom(failure.status)
+    status.message = failure.message
+    if more := "\n".join(filter(None, (*failure.notes, failure.advice))):
+        status.details.add().Pack(error_details_pb2.LocalizedMessage(locale="en", message=more))
+    try:
+        return json_format.MessageToJson(status, indent=None)
+    except (TypeError, ValueError):  # details of a newer release: their types are not known here
+        del status.details[:]
+        return json_format.MessageToJson(status, indent=None)
 
 
 def printable(text: str) -> str:
@@ -208,7 +261,7 @@ def failure_of(error: grpc.RpcError) -> CommandError:
     exit_code = _EXIT_OF_REASON.get(reason) or _EXIT_OF_CODE.get(code, ExitCode.FAILED)
     if code is grpc.StatusCode.UNAVAILABLE and not reason:
         message = f"the edge cannot serve this right now ({message})"
-    return CommandError(message, advice, code=exit_code, notes=tuple(notes))
+    return CommandError(message, advice, code=exit_code, notes=tuple(notes), status=status or status_pb2.Status(code=code.value[0]))
 
 
 def _amounts(metadata: dict[str, str], *names: str) -> list[int]:
@@ -244,37 +297,3 @@ def _ceiling_text(metadata: dict[str, str]) -> str:
 def usage(message: str, advice: str = "see `--help`") -> CommandError:
     """Bad input that never reached the server."""
     return CommandError(message, advice, code=ExitCode.USAGE)
-
-
-class Commands(TyperGroup):
-    """Root group: ends every command with an exit code of `ExitCode` and never with a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that `ctx` names."""
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()  # what cannot be written is told here, not while the interpreter shuts down
-        except CommandError as failure:
-            failure.show()
-            raise typer.Exit(failure.code) from failure
-        except grpc.RpcError as error:
-            failure = failure_of(error)
-            failure.show()
-            raise typer.Exit(failure.code) from error
-        except KeyboardInterrupt as error:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(ExitCode.INTERRUPTED) from error
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has gone: Typer ends quietly
-                raise
-            CommandError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}").show()
-            raise typer.Exit(ExitCode.FAILED) from error
-        except (typer.Exit, typer.Abort, typer.TyperException, EOFError):  # Typer's own ways to end
-            raise
-        except Exception as error:
-            if os.environ.get("GENMESH_LOG_LEVEL") == "debug":
-                raise
-            CommandError(f"unexpected: {error!r}", "run it again with GENMESH_LOG_LEVEL=debug for the traceback, and report it").show()
-            raise typer.Exit(ExitCode.FAILED) from error
-        else:
-            return result

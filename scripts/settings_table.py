@@ -1,4 +1,4 @@
-"""Writes the settings table into README.md; with `--check`, fails if it is not up to date."""
+"""Writes the settings table into docs/settings.md; with `--check`, fails if it is not up to date."""
 
 import argparse
 import sys
@@ -15,7 +15,8 @@ from inference_service.settings import InferenceSettings
 from jobs_service.settings import DispatchSettings, RelaySettings, ServeSettings
 from servicekit.settings import Settings
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "settings.md"
 BEGIN, END = "<!-- settings: made by scripts/settings_table.py -->", "<!-- /settings -->"
 
 READERS: dict[str, type[Settings]] = {
@@ -26,9 +27,14 @@ READERS: dict[str, type[Settings]] = {
     "dispatch": DispatchSettings,
     "relay": RelaySettings,
     "inference": InferenceSettings,
+    "envoy": EnvoySettings,
     "stack": StackSettings,
     "cli": ClientSettings,
-    "envoy": EnvoySettings,
+}
+
+# What the defaults themselves do not say.
+NOTES = {
+    "GENMESH_ADMIN_PORT": "stack: chosen free",  # whatever is set: the stack takes its ports from one block
 }
 
 
@@ -43,7 +49,7 @@ def table() -> str:
             elif default in (None, "", ()) or isinstance(default, SecretStr):
                 shown = ""
             elif isinstance(default, Path) and default.is_absolute():
-                shown = f"`{default.relative_to(README.parent)}`"
+                shown = f"`{default.relative_to(ROOT)}`"
             else:
                 shown = f"`{default}`"
             row = rows.setdefault(f"GENMESH_{name.upper()}", ([], [shown], field.description or ""))
@@ -53,7 +59,7 @@ def table() -> str:
     servers = [reader for reader in READERS if reader not in ("stack", "cli", "envoy")]
     lines = ["| variable | read by | default | meaning |", "|---|---|---|---|"]
     for variable, (readers, defaults, meaning) in sorted(rows.items()):
-        default = "; ".join(filter(None, defaults))
+        default = "; ".join(filter(None, (*defaults, NOTES.get(variable))))
         who = "all services" if [reader for reader in readers if reader in servers] == servers else ", ".join(readers)
         lines.append(f"| `{variable}` | {who} | {default} | {meaning} |")
     return "\n".join(lines)
@@ -64,14 +70,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check: bool = parser.parse_args().check
-    text = README.read_text()
+    text = PAGE.read_text()
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
     made = f"{head}{BEGIN}\n{table()}\n{END}{tail}"
     if check and made != text:
-        sys.exit("README.md: the settings table is not up to date; run `make settings`")
+        sys.exit("docs/settings.md: the table is not up to date; run `make settings`")
     if made != text:
-        README.write_text(made)
+        PAGE.write_text(made)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import grpc
 import typer
 
 from cli.client import CALL_TIMEOUT_S, Edge, parse_api_key
-from cli.failures import CommandError, ExitCode, code_of, failure_of, usage
+from cli.failures import ExitCode, code_of, failure_of, usage
 from cli.settings import ClientSettings
 from servicekit.settings import load
 
@@ -32,12 +32,14 @@ EdgeOption = Annotated[
         "else the embedded stack on this machine.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, one object a line.")]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Write JSON: an object a line for each result; a failure as a google.rpc.Status on standard error."),
+]
 RequestIdOption = Annotated[
     str | None, typer.Option("--request-id", metavar="UUID", help="Run it again with the same id and it is still done once.")
 ]
 LimitOption = Annotated[int, typer.Option("--limit", min=1, max=10_000, metavar="N", help="Show at most N.")]
-
 
 API_KEY_FILE_MAX_BYTES = 4096
 
@@ -68,7 +70,7 @@ def missing_is(message: str, advice: str) -> Generator[None]:
     except grpc.RpcError as error:
         if code_of(error) is not grpc.StatusCode.NOT_FOUND:
             raise
-        raise CommandError(message, advice, code=ExitCode.NOT_FOUND) from error
+        raise failure_of(error).told(message, advice, code=ExitCode.NOT_FOUND, notes=()) from error
 
 
 def parse_id(text: str, what: str, advice: str) -> str:
@@ -102,11 +104,8 @@ def call_once(
         if code_of(error) not in _UNCERTAIN:
             raise
         failure = failure_of(error)
-        raise CommandError(
-            f"it is not known whether it was done: {failure.message}",
-            f"run it again with `--request-id {request_id}`: it is done once",
-            code=failure.code,
-            notes=failure.notes,
+        raise failure.told(
+            f"it is not known whether it was done: {failure.message}", f"run it again with `--request-id {request_id}`: it is done once"
         ) from error
 
 

@@ -1,7 +1,6 @@
-"""Who you are: register, login, link, logout, whoami."""
+"""Who you are: register, login, logout, whoami."""
 
 import sys
-from enum import StrEnum
 from typing import Annotated
 
 import grpc
@@ -10,7 +9,8 @@ import typer
 from cli.amounts import time_text
 from cli.client import Edge
 from cli.commands import EdgeOption, JsonOption, open_edge
-from cli.failures import CommandError, failure_of, printable, reason_of, usage
+from cli.commands.identities import NoBrowserOption, google_code
+from cli.failures import failure_of, reason_of, usage
 from cli.output import note, plan_word, write_fields, write_json
 from cli.settings import ClientSettings
 from genmesh.identity.v1 import identity_pb2
@@ -22,8 +22,6 @@ EmailOption = Annotated[str | None, typer.Option("--email", metavar="ADDRESS", h
 PasswordStdinOption = Annotated[
     bool, typer.Option("--password-stdin", help="Read the password from standard input. Default: GENMESH_PASSWORD, else asked for.")
 ]
-
-NoBrowserOption = Annotated[bool, typer.Option("--no-browser", help="Only print the address to go to.")]
 
 
 def _credentials(email: str | None, *, password_stdin: bool, confirm: bool = False) -> tuple[str, str]:
@@ -69,7 +67,10 @@ def login(
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Sign in; the login is kept for the commands that follow."""
+    """Sign in; the login is kept for the commands that follow.
+
+    For example: genmesh login --email ann@example.com; or genmesh login --google
+    """
     if google and (email is not None or password_stdin):
         raise usage("--google goes without --email and --password-stdin")
     if no_browser and not google:
@@ -84,49 +85,12 @@ def login(
 
 def _sign_in_with_google(client: Edge, *, no_browser: bool) -> None:
     try:
-        client.sign_in_with_google(_google_code(client, no_browser=no_browser))
+        client.sign_in_with_google(google_code(client, no_browser=no_browser))
     except grpc.RpcError as error:
         if reason_of(error) != "ERROR_REASON_EMAIL_TAKEN":
             raise
-        failure = failure_of(error)
         advice = "sign in to that account with `genmesh login --email`, then `genmesh link google`"
-        raise CommandError(failure.message, advice, code=failure.code, notes=failure.notes) from error
-
-
-def _google_code(client: Edge, *, no_browser: bool) -> identity_pb2.AuthorizationCode:
-    """What Google sends the user's browser back with. Raises CommandError."""
-    from cli.browser import open_browser, sign_in_code  # a web server, for this alone
-
-    options = client.call(client.identity.GetSignInOptions, identity_pb2.GetSignInOptionsRequest(), signed_in=False)
-    if not options.HasField("google"):
-        raise CommandError("this genmesh does not offer sign-in with Google", "use `genmesh login --email`; whoever runs it can set it up")
-
-    def present(url: str) -> None:
-        # To stderr and as it is: it is copied from there where no browser opens.
-        print(f"go to this address in a browser on this machine:\n\n{printable(url)}\n", file=sys.stderr, flush=True)
-        if not no_browser:
-            open_browser(url)
-
-    return sign_in_code(options.google, present)
-
-
-class Provider(StrEnum):
-    """Where else people can sign in."""
-
-    GOOGLE = "google"
-
-
-@app.command()
-def link(
-    provider: Annotated[Provider, typer.Argument(metavar="PROVIDER", help="google.", case_sensitive=False)],
-    no_browser: NoBrowserOption = False,
-    edge: EdgeOption = None,
-) -> None:
-    """Sign in with an account elsewhere, too, from now on."""
-    with open_edge(edge) as client:
-        request = identity_pb2.LinkIdentityRequest(google_code=_google_code(client, no_browser=no_browser))
-        client.call(client.identity.LinkIdentity, request, repeatable=False)
-    note(f"from now on `genmesh login --{provider}` works, too")
+        raise failure_of(error).told(advice=advice) from error
 
 
 def _welcome(client: Edge, user: identity_pb2.User, *, json_output: bool) -> None:

@@ -1,6 +1,6 @@
-"""What administrators do: credits and ceilings of users, the audit of the ledger, the queue and the jobs that failed.
+"""What administrators and operators do: credits and ceilings of users, the audit of the ledger.
 
-Accounts and the audit trail have a module of their own.
+Accounts with the audit trail, and jobs with their queue, have modules of their own.
 """
 
 import sys
@@ -13,20 +13,20 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from cli.amounts import credits_text, seconds_text, time_text
-from cli.client import paged
+from cli.amounts import credits_text, time_text
 from cli.commands import (
     EdgeOption,
     JsonOption,
     LimitOption,
     RequestIdOption,
     admin_accounts,
+    admin_jobs,
     call_once,
     interrupts,
     open_edge,
     parse_request_id,
 )
-from cli.commands.admin_accounts import WhoArgument, find_user_id
+from cli.commands.admin_accounts import ADMINISTRATORS, OPERATORS, WhoArgument, find_user_id
 from cli.commands.credits import (
     ENTRIES_SHOWN,
     DailyOption,
@@ -47,25 +47,18 @@ from cli.commands.credits import (
 )
 from cli.failures import CommandError, ExitCode, failure_of, printable, reason_of, usage
 from cli.inputs import parse_credits, parse_time
-from cli.output import error_text, hold_word, level_word, note, write_fields, write_json, write_table
+from cli.output import note, write_fields, write_json, write_table
 from genmesh.credits.v1 import credits_pb2
-from genmesh.errors.v1 import errors_pb2
-from genmesh.jobs.v1 import jobs_pb2
-
-REQUEUE_MAX = 1000
-REQUEUE_TIMEOUT_S = 30.0
-"""As long as the edge waits for an answer: every job that goes back is held for first. What was cut off can be run again."""
 
 AUDIT_TIMEOUT_S = 3600.0
 
-_REASON = "ERROR_REASON_"
-
 app = typer.Typer()
-group = typer.Typer(help="For administrators: accounts, credits, the ledger, the queue.", no_args_is_help=True)
+group = typer.Typer(help="For operators and administrators: accounts, credits, the ledger, the queue.", no_args_is_help=True)
 ledger = typer.Typer(help="The ledger as a whole.", no_args_is_help=True)
 app.add_typer(group, name="admin")
-group.add_typer(ledger, name="ledger")
+group.add_typer(ledger, name="ledger", rich_help_panel=OPERATORS)
 group.add_typer(admin_accounts.app)
+group.add_typer(admin_jobs.app)
 
 
 AmountArgument = Annotated[str, typer.Argument(metavar="AMOUNT", help="How many credits, for example 100 or 2.5.")]
@@ -75,7 +68,7 @@ ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the le
 # Credits of users
 
 
-@group.command()
+@group.command(rich_help_panel=ADMINISTRATORS)
 def grant(
     who: WhoArgument,
     amount: AmountArgument,
@@ -90,7 +83,10 @@ def grant(
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Give credits to a user."""
+    """Give credits to a user.
+
+    For example: genmesh admin grant ann@example.com 10 --reason "thank you" --expires 2027-01-01
+    """
     millicredits = parse_credits(amount)
     check_reason(reason)
     # Whether it is over is for the server to say: a repeat after that has to get the answer of the first time.
@@ -112,7 +108,7 @@ def grant(
     print(f"granted {credits_text(millicredits)}{until}; {who} now has {credits_text(response.available_millicredits)}")
 
 
-@group.command()
+@group.command(rich_help_panel=ADMINISTRATORS)
 def clawback(
     who: WhoArgument,
     amount: AmountArgument,
@@ -134,10 +130,7 @@ def clawback(
         except grpc.RpcError as error:
             if reason_of(error) != "ERROR_REASON_INSUFFICIENT_CREDITS":
                 raise
-            failure = failure_of(error)
-            raise CommandError(
-                failure.message, f"`genmesh admin account {who}` shows what there is", code=failure.code, notes=failure.notes
-            ) from error
+            raise failure_of(error).told(advice=f"`genmesh admin account {who}` shows what there is") from error
     if json_output:
         write_json(response)
     else:
@@ -150,7 +143,7 @@ def check_reason(reason: str) -> None:
         raise usage("--reason is blank", "say why: it is kept in the ledger, and shown to the user")
 
 
-@group.command()
+@group.command(rich_help_panel=OPERATORS)
 def account(who: WhoArgument, edge: EdgeOption = None, json_output: JsonOption = False) -> None:
     """Show what a user has: balance, promotional credits, ceilings."""
     with open_edge(edge) as client:
@@ -178,7 +171,7 @@ def account(who: WhoArgument, edge: EdgeOption = None, json_output: JsonOption =
         write_ceilings(found.ceilings)
 
 
-@group.command()
+@group.command(rich_help_panel=OPERATORS)
 def entries(
     who: WhoArgument,
     job: JobOption = "",
@@ -196,7 +189,7 @@ def entries(
         show_entries(found, json_output=json_output, with_actor=True)
 
 
-@group.command()
+@group.command(rich_help_panel=ADMINISTRATORS)
 def ceiling(
     who: WhoArgument,
     daily: DailyOption = None,
@@ -317,142 +310,3 @@ def _write_summary(summary: credits_pb2.AuditSummary, total: int) -> None:
 
 def _counted(count: int, one: str, several: str) -> str:
     return f"{count} {one if count == 1 else several}"
-
-
-# The queue
-
-
-@group.command()
-def queue(edge: EdgeOption = None, json_output: JsonOption = False) -> None:
-    """Show what waits and runs, by pool and level, and who works on it."""
-    with open_edge(edge) as client:
-        pools = client.call(client.jobs_admin.GetQueueStats, jobs_pb2.GetQueueStatsRequest()).pools
-    if json_output:
-        for pool in pools:
-            write_json(pool)
-        return
-    if not pools:
-        note("no pool has jobs or workers")
-        return
-    write_table(
-        ["pool", "level", "waiting", "delayed", "owners", "oldest wait", "running", "workers"],
-        (row for pool in pools for row in _pool_rows(pool)),
-    )
-
-
-def _pool_rows(pool: jobs_pb2.PoolStats) -> list[list[str]]:
-    """A row for each level; what runs and who works belongs to the pool and stands in its first row."""
-    rows = [
-        [
-            level_word(level.priority),
-            str(level.waiting_count),
-            str(level.delayed_count),
-            str(level.owner_count),
-            seconds_text(level.oldest_wait_seconds) if level.waiting_count else "",
-        ]
-        for level in pool.levels
-    ] or [[""] * 5]
-    workers = "; ".join(_worker_text(worker) for worker in pool.workers) or "none"
-    shared = [[str(pool.running_count), workers], *([["", ""]] * (len(rows) - 1))]
-    return [[pool.pool, *row, *rest] for row, rest in zip(rows, shared, strict=True)]
-
-
-def _worker_text(worker: jobs_pb2.Worker) -> str:
-    slots = f"{worker.slot_count} {'slot' if worker.slot_count == 1 else 'slots'}"
-    return f"{worker.worker_id} ({slots}, {', '.join(worker.loaded_models) or 'no model'} loaded)"
-
-
-@group.command("dead-letters")
-def dead_letters(
-    fingerprint: Annotated[str, typer.Option("--fingerprint", metavar="F", help="Only failures of this cause.")] = "",
-    reason: Annotated[str, typer.Option("--reason", metavar="R", help="Only failures with this reason, for example worker_lost.")] = "",
-    limit: LimitOption = 50,
-    edge: EdgeOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """List failed jobs of all owners, the newest failure first. Failures of the same cause have the same fingerprint."""
-    wanted_reason = _reason_name(reason) if reason else ""
-    with open_edge(edge) as client:
-
-        def fetch(page_size: int, page_token: str):
-            request = jobs_pb2.ListDeadLettersRequest(
-                page_size=page_size, page_token=page_token, fingerprint=fingerprint, reason=wanted_reason
-            )
-            response = client.call(client.jobs_admin.ListDeadLetters, request)
-            return response.dead_letters, response.next_page_token
-
-        found = paged(fetch, limit)
-        if json_output:
-            for letter in found:
-                write_json(letter)
-            return
-        write_table(
-            ["failed", "job", "owner", "model", "reason", "fingerprint", "attempts", "retries", "worker", "price", "hold", "message"],
-            (
-                (
-                    time_text(letter.fail_time),
-                    letter.job_id,
-                    letter.owner_id,
-                    letter.model,
-                    letter.reason.removeprefix(_REASON).lower(),
-                    letter.fingerprint,
-                    str(letter.attempt),
-                    str(letter.retry_count),
-                    letter.worker_id,
-                    credits_text(letter.estimated_cost_millicredits),
-                    hold_word(letter.hold),
-                    letter.message,
-                )
-                for letter in found
-            ),
-        )
-
-
-def _reason_name(text: str) -> str:
-    """`worker-lost` → `ERROR_REASON_WORKER_LOST`. Raises CommandError when there is no such reason."""
-    name = _REASON + text.upper().replace("-", "_").replace(" ", "_").removeprefix(_REASON)
-    if name not in errors_pb2.ErrorReason.keys():  # noqa: SIM118  # no dictionary
-        raise usage(f"no such reason: {text!r}", "give one as `genmesh admin dead-letters` shows it, for example worker_lost")
-    return name
-
-
-@group.command()
-def requeue(
-    job_id: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Id of a failed job.")] = None,
-    fingerprint: Annotated[
-        str, typer.Option("--fingerprint", metavar="F", help="Failed jobs of this cause, the oldest failures first.")
-    ] = "",
-    max_count: Annotated[
-        int | None, typer.Option("--max", min=1, max=REQUEUE_MAX, metavar="N", help="With --fingerprint: at most N jobs. Default: 100.")
-    ] = None,
-    edge: EdgeOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Put failed jobs back into the queue: one, or those with a fingerprint. Their price is held anew."""
-    if bool(job_id) == bool(fingerprint):
-        raise usage("say which jobs: JOB or --fingerprint", "`genmesh admin dead-letters` lists both")
-    if max_count is not None and not fingerprint:
-        raise usage("--max goes with --fingerprint")
-    request = (
-        jobs_pb2.RequeueDeadLetterRequest(fingerprint=fingerprint, max_count=max_count or 0)
-        if not job_id
-        else jobs_pb2.RequeueDeadLetterRequest(job_id=job_id)
-    )
-    with open_edge(edge) as client:
-        # By fingerprint it is not repeated: after a lost answer the second try would take the next jobs and not name the first.
-        response = client.call(client.jobs_admin.RequeueDeadLetter, request, repeatable=not fingerprint, timeout_s=REQUEUE_TIMEOUT_S)
-    if json_output:
-        write_json(response)
-    else:
-        write_table(
-            ["job", "result", "why"],
-            [
-                *((requeued, "in the queue again", "") for requeued in response.job_ids),
-                *((refusal.job_id, "refused", error_text(refusal.error)) for refusal in response.refusals),
-            ],
-        )
-    if response.job_ids:
-        return
-    if response.refusals:
-        raise CommandError("no job went back into the queue", "the refusals say why; mend the cause and run it again")
-    note("no failed job has this fingerprint")

@@ -20,6 +20,8 @@ from genmesh.identity.v1 import identity_pb2
 from genmesh.inference.v1 import inference_pb2
 from genmesh.jobs.v1 import jobs_pb2
 
+ADMINISTRATORS = "For administrators"
+OPERATORS = "For operators, too"
 USERS_SHOWN = 50
 USERS_SEARCHED_MAX = 10_000
 """The list selects by e-mail address only: for an id it is gone through this far."""
@@ -28,9 +30,9 @@ _CONTRACT: tuple[FileDescriptor, ...] = tuple(one.DESCRIPTOR for one in (identit
 
 app = typer.Typer()
 users = typer.Typer()
-app.add_typer(users, name="users")
+app.add_typer(users, name="users", rich_help_panel=ADMINISTRATORS)
 
-WhoArgument = Annotated[str, typer.Argument(metavar="EMAIL_OR_USER_ID", help="Whose account.")]
+WhoArgument = Annotated[str, typer.Argument(metavar="EMAIL_OR_USER_ID", help="Whose account. Operators name it by its user id.")]
 
 
 class PlanName(StrEnum):
@@ -88,7 +90,7 @@ def _by_email(client: Edge, email: str) -> identity_pb2.User:
             raise
         # Accounts are an administrator's to look up; much of what is done with one is an operator's.
         advice = "sign in with an account that may do this; an operator names accounts by their user id"
-        raise CommandError(failure_of(error).message, advice, code=ExitCode.DENIED) from error
+        raise failure_of(error).told(advice=advice) from error
     raise CommandError(*_no_account(email), code=ExitCode.NOT_FOUND)
 
 
@@ -125,16 +127,16 @@ def list_users(
                 write_json(user)
             return
         write_table(
-            ["e-mail", "name", "user id", "plan", "roles", "since", "state"],
+            ["e-mail", "name", "user id", "plan", "roles", "created", "state"],
             (
                 (
                     user.email,
                     user.display_name,
                     user.user_id,
                     plan_word(user.plan),
-                    ",".join(user.roles),
+                    ", ".join(user.roles),
                     time_text(user.create_time),
-                    "disabled" if user.disabled else "",
+                    "disabled" if user.disabled else "enabled",
                 )
                 for user in found
             ),
@@ -153,7 +155,10 @@ def update_user(
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Change roles and plan of an account, disable or enable it. It takes effect within a minute, running calls included."""
+    """Change roles and plan of an account, disable or enable it. It takes effect within a minute, running calls included.
+
+    For example: genmesh admin users update ann@example.com --role operator --plan pro
+    """
     given, taken = set(role or ()), set(no_role or ())
     if not given and not taken and plan is None and disabled is None:
         raise usage("nothing to change", "give --role, --no-role, --plan, --disable or --enable")
@@ -177,7 +182,7 @@ def update_user(
         note("it takes effect within a minute")
 
 
-@app.command()
+@app.command(rich_help_panel=ADMINISTRATORS)
 def plan(
     who: WhoArgument,
     wanted: Annotated[PlanName, typer.Argument(metavar="PLAN", help="free or pro.", case_sensitive=False)],
@@ -202,10 +207,13 @@ def _say(user: identity_pb2.User) -> None:
 # The audit trail
 
 
-@app.command()
+@app.command(rich_help_panel=ADMINISTRATORS)
 def audit(
     actor: Annotated[str | None, typer.Option("--actor", metavar="EMAIL_OR_USER_ID", help="Only acts of this account.")] = None,
-    subject: Annotated[str, typer.Option("--subject", metavar="ID", help="Only acts done to this: an account, a job, a key.")] = "",
+    subject: Annotated[
+        str,
+        typer.Option("--subject", metavar="EMAIL_OR_ID", help="Only acts done to this: an account (by e-mail or id), a job, an API key …"),
+    ] = "",
     method: Annotated[
         str, typer.Option("--method", metavar="RPC", help="Only this act, for example UpdateUser or LedgerAdminService/GrantCredits.")
     ] = "",
@@ -217,20 +225,24 @@ def audit(
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """List acts that matter for security, newest first: who did what to whom, from where, and how it ended."""
+    """List acts that matter for security, newest first: who did what to whom, from where, and how it ended.
+
+    For example: genmesh admin audit --since 2d --method UpdateUser
+    """
     method_name = _full_method(method) if method else ""
     start_time, end_time = (parse_from_now(text, ago=True) if text is not None else None for text in (since, until))
     if start_time is not None and end_time is not None and start_time.ToNanoseconds() >= end_time.ToNanoseconds():
         raise usage("--since is not before --until")
     with open_edge(edge) as client:
         actor_user_id = find_user_id(client, actor) if actor is not None else ""
+        subject_id = find_user_id(client, subject) if "@" in subject else subject
 
         def fetch(page_size: int, page_token: str):
             request = identity_pb2.ListAuditEntriesRequest(
                 page_size=page_size,
                 page_token=page_token,
                 actor_user_id=actor_user_id,
-                subject=subject,
+                subject=subject_id,
                 method=method_name,
                 start_time=start_time,
                 end_time=end_time,
@@ -244,26 +256,23 @@ def audit(
                 write_json(entry)
             return
         write_table(
-            ["when", "who", "what", "to whom", "from", "outcome", "request", "details"],
+            ["when", "who", "with key", "what", "to whom", "from", "outcome", "reported by", "request", "details"],
             (
                 (
                     time_text(entry.act_time),
-                    _actor_text(entry),
+                    entry.actor_user_id or entry.actor_service or "nobody signed in",
+                    entry.actor_api_key_id,
                     entry.method.rpartition(".")[2],
                     entry.subject,
                     entry.client_address,
                     outcome_text(entry),
+                    entry.reporter,
                     entry.request_id,
                     ", ".join(f"{name}={value}" for name, value in sorted(entry.details.items())),
                 )
                 for entry in found
             ),
         )
-
-
-def _actor_text(entry: identity_pb2.AuditEntry) -> str:
-    who = entry.actor_user_id or entry.actor_service or "nobody signed in"
-    return f"{who} by key {entry.actor_api_key_id}" if entry.actor_api_key_id else who
 
 
 def _full_method(text: str) -> str:

@@ -17,8 +17,9 @@ import grpc
 import typer
 
 from cli.amounts import MILLICREDITS, credits_text
-from cli.client import Backoff, Edge
+from cli.client import Edge
 from cli.commands.generate import finish, follow, image_spec, submit
+from cli.connection import Backoff
 from cli.download import check_target
 from cli.failures import CommandError, ExitCode, code_of, failure_of
 from cli.output import note

@@ -18,7 +18,9 @@ from cli.commands import EdgeOption, JsonOption, interrupts, open_edge
 from cli.download import DownloadError, check_target, fetch, media_of, target_paths
 from cli.failures import CommandError, ExitCode, failure_of, reason_of, usage
 from cli.inputs import parse_size
-from cli.output import Display, JobView, JobViews, displaying, note, reason_text, show_picture, write_fields, write_json, write_table
+from cli.output import note, reason_text, write_fields, write_json, write_table
+from cli.pictures import show_picture
+from cli.progress import Display, JobView, JobViews, displaying
 from genmesh.credits.v1 import credits_pb2
 from genmesh.inference.v1 import inference_pb2
 from genmesh.jobs.v1 import jobs_pb2
@@ -108,6 +110,10 @@ def generate_image(
     """Make pictures from a prompt and save them.
 
     Shows the progress while it runs. Ctrl-C cancels the job; a second one leaves at once.
+
+    With --json: each message of the watch (WatchJobsResponse), then an object with job, files and availableMillicredits.
+
+    For example: genmesh generate image "a tiger face" --size 64x64 --seed 7 --out tiger.png
     """
     if file_format is None and out is not None and out.suffix.lower() == ".webp":
         file_format = Format.WEBP
@@ -195,10 +201,9 @@ def follow(client: Edge, job: jobs_pb2.Job, *, json_output: bool = False) -> job
             except grpc.RpcError as error:
                 if reason_of(error) != "ERROR_REASON_SCOPE_MISSING":
                     raise
-                raise CommandError(
+                raise failure_of(error).told(
                     f"the job {job.job_id} was accepted, runs and is charged, but this API key may not look at it",
                     f"a key with the scope read, or a login, may: `genmesh jobs show {job.job_id}`",
-                    code=ExitCode.DENIED,
                 ) from error
     return client.call(client.jobs.GetJob, jobs_pb2.GetJobRequest(job_id=job.job_id)).job
 
@@ -231,6 +236,7 @@ def check_completed(job: jobs_pb2.Job) -> None:
         raise CommandError(
             f"the job failed: {reason_text(job)}",
             f"{charged}; `genmesh jobs show {job.job_id}` tells more, `genmesh jobs retry {job.job_id}` runs it again",
+            status=job.error if job.error.code else None,
         )
     if job.state == jobs_pb2.STATE_CANCELLED:
         raise CommandError(f"the job was cancelled, {charged}", code=ExitCode.CANCELLED)

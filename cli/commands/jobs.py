@@ -15,9 +15,6 @@ from cli.commands.generate import check_completed, save
 from cli.download import check_target
 from cli.failures import CommandError, failure_of
 from cli.output import (
-    JobView,
-    JobViews,
-    displaying,
     note,
     prompt_of,
     reason_text,
@@ -27,6 +24,7 @@ from cli.output import (
     write_json,
     write_table,
 )
+from cli.progress import JobView, JobViews, displaying
 from genmesh.jobs.v1 import jobs_pb2
 
 app = typer.Typer()
@@ -150,7 +148,7 @@ def retry_job(job_id: JobArgument, edge: EdgeOption = None, json_output: JsonOpt
 
 @group.command("delete")
 def delete_jobs(
-    job_ids: Annotated[list[str], typer.Argument(metavar="JOB...", help="Ids of jobs that have ended.")],
+    job_ids: Annotated[list[str], typer.Argument(metavar="JOB", help="Ids of jobs that have ended.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     edge: EdgeOption = None,
     json_output: JsonOption = False,
@@ -177,10 +175,8 @@ def delete_jobs(
     first = refused[0][1]
     if len(wanted) == 1:
         raise first
-    raise CommandError(
+    raise first.told(
         f"{len(refused)} of {len(wanted)} jobs were not deleted",
-        first.advice,
-        code=first.code,
         notes=tuple(f"{job_id}: {failure.message}" for job_id, failure in refused),
     )
 
@@ -210,13 +206,15 @@ def download(
 
 @app.command()
 def watch(
-    job_ids: Annotated[list[str] | None, typer.Argument(metavar="[JOB]...", help="Jobs to follow; none: all, until Ctrl-C.")] = None,
+    job_ids: Annotated[list[str] | None, typer.Argument(metavar="JOB", help="Jobs to follow; none: all, until Ctrl-C.")] = None,
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Follow jobs live until they have ended. Leaving with Ctrl-C does not touch them.
 
     The exit code tells how they ended: 0 all completed, 1 one failed, 7 one was cancelled.
+
+    With --json: each message of the watch (WatchJobsResponse).
     """
     views = JobViews()
     with open_edge(edge) as client, interrupts(client.stop):

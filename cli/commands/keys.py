@@ -42,7 +42,8 @@ def create_key(
         list[Scope],
         typer.Option(
             "--scope",
-            help="read: look at jobs and credits; submit: make jobs; admin: what your roles allow. May be repeated; at least one.",
+            help="What the key may do; repeat it for several. read: look at jobs, uploads, credits, the account. "
+            "submit: make, change and delete jobs, bring uploads, and so spend credits; not look at them. admin: what your roles allow.",
         ),
     ],
     expires: Annotated[
@@ -56,7 +57,10 @@ def create_key(
     edge: EdgeOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Make a key. Its secret goes to standard output, this once: nobody can show it again."""
+    """Make a key. Its secret goes to standard output, this once: nobody can show it again.
+
+    For example: export GENMESH_API_KEY=$(genmesh keys create nightly --scope read --scope submit --expires 30d)
+    """
     if not name.strip():
         raise usage("NAME is blank", "name it after the program that gets it")
     request = identity_pb2.CreateApiKeyRequest(
@@ -91,7 +95,7 @@ def list_keys(limit: LimitOption = 50, edge: EdgeOption = None, json_output: Jso
                 write_json(key)
             return
         write_table(
-            ["key", "name", "begins with", "may", "state", "made", "expires", "last used"],
+            ["id", "name", "begins with", "scopes", "state", "created", "expires", "last used"],
             (
                 (
                     key.api_key_id,
@@ -100,8 +104,8 @@ def list_keys(limit: LimitOption = 50, edge: EdgeOption = None, json_output: Jso
                     _scopes_text(key),
                     _state_word(key),
                     time_text(key.create_time),
-                    time_text(key.expire_time),
-                    time_text(key.last_use_time),
+                    time_text(key.expire_time) or "never",
+                    time_text(key.last_use_time) or "never",
                 )
                 for key in found
             ),

@@ -16,7 +16,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cli.commands import JsonOption
 from cli.failures import CommandError, ExitCode
 from cli.output import note
 from servicekit.settings import load
@@ -125,7 +124,9 @@ def down() -> None:
 
 
 @app.command()
-def status(json_output: JsonOption = False) -> None:
+def status(
+    json_output: Annotated[bool, typer.Option("--json", help="Write one JSON object on one line: running, pid, edge, processes …")] = False,
+) -> None:
     """Show every process of the embedded stack. Exit code 0: all healthy, 1: something is not, 3: not running."""
     from cli.stack.state import is_alive
 
@@ -134,7 +135,7 @@ def status(json_output: JsonOption = False) -> None:
     published = state.published()
     if pid is None or published is None:
         if json_output:
-            print(json.dumps({"running": False, "state_dir": str(state.path), "processes": []}, indent=2))
+            print(json.dumps({"running": False, "state_dir": str(state.path), "processes": []}))
         else:
             print(f"nothing is running on {state.path}")
         raise typer.Exit(ExitCode.UNAVAILABLE)
@@ -146,7 +147,7 @@ def status(json_output: JsonOption = False) -> None:
         entry["uptime_s"] = round(now - started_at, 1) if entry["pid"] is not None and started_at else None
         entry.pop("created_at")
     if json_output:
-        print(json.dumps({"running": True, "pid": pid, **published}, indent=2))
+        print(json.dumps({"running": True, "pid": pid, **published}))
     else:
         _show_status(pid, published)
     if any(entry["health"] not in ("healthy", "done") for entry in published["processes"]):

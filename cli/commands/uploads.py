@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from cli.amounts import time_text
-from cli.client import BACKOFF_FIRST_S
 from cli.commands import EdgeOption, JsonOption, missing_is, open_edge, parse_id
+from cli.connection import BACKOFF_FIRST_S
 from cli.failures import CommandError, ExitCode, failure_of, reason_of, usage
 from cli.files import is_stream
 from cli.output import note, upload_word, write_fields, write_json
@@ -23,7 +23,7 @@ CHECK_TIMEOUT_S = 60.0
 """The whole file is read and decoded before the answer."""
 
 app = typer.Typer()
-group = typer.Typer(help="Your uploads.", no_args_is_help=True)
+group = typer.Typer(help="Your uploads: files brought to the mesh and checked there.", no_args_is_help=True)
 app.add_typer(group, name="uploads")
 
 
@@ -47,8 +47,7 @@ def put_upload(
         except grpc.RpcError as error:
             if reason_of(error) != "ERROR_REASON_UPLOAD_INVALID":
                 raise
-            failure = failure_of(error)
-            raise CommandError(failure.message, failure.advice, code=ExitCode.USAGE, notes=(f"upload {ticket.upload_id}",)) from error
+            raise failure_of(error).told(code=ExitCode.USAGE, notes=(f"upload {ticket.upload_id}",)) from error
     if json_output:
         write_json(upload)
         return

@@ -1,6 +1,5 @@
 """Envoy's configuration for an embedded stack: the one of `envoy/`, with the addresses of this stack."""
 
-import os
 from pathlib import Path
 
 from cli.stack.ports import PortBlock
@@ -10,7 +9,14 @@ from servicekit.settings import load
 
 
 def configuration(
-    ports: PortBlock, directory: Path, *, edge_port: int, edge_tls_port: int, certificates_dir: Path, replicas_inference: int
+    ports: PortBlock,
+    directory: Path,
+    *,
+    edge_port: int,
+    edge_tls_port: int,
+    certificates_dir: Path,
+    replicas_inference: int,
+    hsts_max_age_s: int,
 ) -> str:
     """The text of Envoy's configuration file; others that it names are written to `directory`."""
     return render(
@@ -26,7 +32,6 @@ def configuration(
             credits_addresses=(ports.address("credits"),),
             inference_addresses=tuple(ports.address(f"inference-{index}") for index in range(replicas_inference)),
             jwks_address=ports.address("gateway-jwks"),
-            # A browser that trusts our authority would want TLS of everything else on this host too.
-            hsts_max_age_s=os.environ.get("GENMESH_HSTS_MAX_AGE_S") or 0,
+            hsts_max_age_s=hsts_max_age_s,
         )
     )

@@ -20,3 +20,5 @@ class StackSettings(Settings):
     replicas_inference: int = Field(default=1, ge=1, le=REPLICAS_MAX, description="Inference processes, each with a dispatcher beside it")
     torch_threads: int = Field(default=1, ge=1, le=1024, description="Threads of each inference process")
     drain_s: float = Field(default=5.0, ge=0, le=300, description="How long running calls may take to end when the stack stops")
+    # Not Envoy's default: a browser that trusts our authority would want TLS of everything else on this host, too.
+    hsts_max_age_s: int = Field(default=0, ge=0, description="How long browsers use nothing but TLS with this host; 0: they need not")

@@ -179,6 +179,7 @@ class Stack:
             edge_tls_port=self.edge_tls_port,
             certificates_dir=self.certificates_dir,
             replicas_inference=settings.replicas_inference,
+            hsts_max_age_s=settings.hsts_max_age_s,
         )
         state.write(envoy_file, text)
         envoy = parts.envoy_spec(

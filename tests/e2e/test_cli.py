@@ -304,8 +304,9 @@ async def test_an_api_key_does_what_its_scopes_allow(newcomer: Callable[[str], A
     program = Shell(tmp_path, owner.edge_url, {"GENMESH_API_KEY": ended.out.strip()})
     assert (await program.genmesh("whoami", "--json")).documents[0]["email"] == owner.email
     assert not (tmp_path / "session.json").exists()
-    by_file = await Shell(tmp_path, owner.edge_url).genmesh("--api-key-file", "key", "jobs", "list")
-    assert (by_file.code, by_file.out) == (OK, ""), by_file.err
+    for command in (("--api-key-file", "key", "jobs", "list"), ("jobs", "list", "--api-key-file", "key")):
+        by_file = await Shell(tmp_path, owner.edge_url).genmesh(*command)
+        assert (by_file.code, by_file.out) == (OK, ""), by_file.err
     refused = await program.genmesh("generate", "image", "x", "--no-wait")
     assert (refused.code, refused.out) == (DENIED, "")
     assert "--scope submit" in refused.err
@@ -362,6 +363,9 @@ async def test_roles_are_given_and_taken(newcomer: Callable[[str], Awaitable[She
     acts = await operator.genmesh("admin", "audit", "--method", "UpdateUser", "--subject", user_id, "--since", "1h", "--json")
     assert acts.code == OK, acts.err
     assert [act["code"] for act in acts.documents] == [0, 0]
+    by_email = await operator.genmesh("admin", "audit", "--method", "UpdateUser", "--subject", shell.email, "--since", "1h", "--json")
+    assert by_email.documents == acts.documents
+    assert (await operator.genmesh("admin", "audit", "--subject", "nobody@example.com")).code == NOT_FOUND
     assert all(act["actorUserId"] and act["clientAddress"] and act["requestId"] for act in acts.documents)
     assert (await operator.genmesh("admin", "audit", "--subject", user_id, "--until", "2020-01-01")).out == ""
     assert "IdentityAdminService/UpdateUser" in (await operator.genmesh("admin", "audit", "--actor", operator.account["GENMESH_EMAIL"])).out
@@ -414,6 +418,13 @@ async def test_sign_in_with_google_where_it_is_not_set_up(tmp_path: Path, stack:
     ended = await Shell(tmp_path, stack.edge_url).genmesh("login", "--google", "--no-browser")
     assert (ended.code, ended.out) == (FAILED, "")
     assert "does not offer" in ended.err
+
+
+async def test_nothing_is_linked_to_a_new_account(newcomer: Callable[[str], Awaitable[Shell]]) -> None:
+    shell = await newcomer("1")
+    listed = await shell.genmesh("identities", "list")
+    assert (listed.code, listed.out) == (OK, ""), listed.err
+    assert (await shell.genmesh("identities", "unlink", str(uuid.uuid4()))).code == NOT_FOUND
 
 
 # Uploads
@@ -490,6 +501,14 @@ async def test_what_goes_wrong_has_an_exit_code(shell: Shell, code: int, argumen
     assert ended.code == code, ended.err
     assert ended.out == ""
     assert ended.err
+
+
+async def test_what_goes_wrong_is_a_status_for_scripts(shell: Shell) -> None:
+    ended = await shell.genmesh("jobs", "show", str(uuid.uuid4()), "--json")
+    assert (ended.code, ended.out) == (NOT_FOUND, "")
+    [line] = ended.err.splitlines()
+    status = json.loads(line)
+    assert (status["code"], status["details"][0]["reason"]) == (5, "ERROR_REASON_NOT_FOUND")
 
 
 async def test_jobs_of_others_are_not_found(shell: Shell, alice: User) -> None:

@@ -30,6 +30,8 @@ WAIT_S = 60  # the longest that a test waits for a signal; it takes a moment on 
 
 API_KEY_ID = "01890a5d-ac96-774b-bcce-b302099a8059"
 UPLOAD_ID = "01890a5d-ac96-774b-bcce-b302099a8060"
+IDENTITY_ID = "01890a5d-ac96-774b-bcce-b302099a8061"
+ISSUER = "https://accounts.google.com"
 PREFIX = "gmk_0123456789ab"
 SECRET = PREFIX + "_" + "s" * 43
 
@@ -64,6 +66,8 @@ class FakeEdge(
         self.keys_asked: list[identity_pb2.CreateApiKeyRequest] = []
         self.sign_in_options = identity_pb2.GetSignInOptionsResponse()
         self.codes: list[identity_pb2.AuthorizationCode] = []
+        self.identities: list[identity_pb2.LinkedIdentity] = []
+        self.unlink_asked: list[str] = []
         self.roles: list[str] = []
         self.audit_entries: list[identity_pb2.AuditEntry] = []
         self.audit_asked: list[identity_pb2.ListAuditEntriesRequest] = []
@@ -172,6 +176,22 @@ class FakeEdge(
         if self.refusals:
             refuse(context, self.refusals.popleft())
         return identity_pb2.LinkIdentityResponse()
+
+    def ListIdentities(
+        self, request: identity_pb2.ListIdentitiesRequest, context: grpc.ServicerContext
+    ) -> identity_pb2.ListIdentitiesResponse:
+        self._check(context)
+        return identity_pb2.ListIdentitiesResponse(identities=self.identities)
+
+    def UnlinkIdentity(
+        self, request: identity_pb2.UnlinkIdentityRequest, context: grpc.ServicerContext
+    ) -> identity_pb2.UnlinkIdentityResponse:
+        self._check(context)
+        self.unlink_asked.append(request.identity_id)
+        if self.refusals:
+            refuse(context, self.refusals.popleft())
+        self.identities = [one for one in self.identities if one.identity_id != request.identity_id]
+        return identity_pb2.UnlinkIdentityResponse()
 
     def CreateApiKey(self, request: identity_pb2.CreateApiKeyRequest, context: grpc.ServicerContext) -> identity_pb2.CreateApiKeyResponse:
         self._check(context)

@@ -86,7 +86,7 @@ def test_the_last_administrator_stays_one(signed_in: Callable[..., Result], fake
 def test_disabled_accounts_are_marked_in_the_list(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
     fake.roles = ["admin", "operator"]
     (row,) = [line.split("\t") for line in signed_in("admin", "users").stdout.splitlines()]
-    assert (row[0], row[4], row[6]) == (EMAIL, "admin,operator", "")
+    assert (row[0], row[4], row[6]) == (EMAIL, "admin, operator", "enabled")
     assert signed_in("admin", "users", "--email", "no@example.com").stdout == ""
 
 
@@ -98,6 +98,7 @@ def test_the_audit_trail_is_a_table(signed_in: Callable[..., Result], fake: Fake
         subject="somebody\x1b[2J",
         client_address="203.0.113.9",
         request_id="r1",
+        reporter="gateway",
         details={"roles": "admin", "disabled": "true"},
         code=0,
     )
@@ -106,16 +107,18 @@ def test_the_audit_trail_is_a_table(signed_in: Callable[..., Result], fake: Fake
     fake.audit_entries = [acted, refused, died, identity_pb2.AuditEntry(code=14), identity_pb2.AuditEntry(code=99)]
     rows = [line.split("\t") for line in signed_in("admin", "audit").stdout.splitlines()]
     assert rows[0][1:] == [
-        f"{USER_ID} by key {API_KEY_ID}",
+        USER_ID,
+        API_KEY_ID,
         "IdentityAdminService/UpdateUser",
         "somebody\ufffd[2J",
         "203.0.113.9",
         "ok",
+        "gateway",
         "r1",
         "disabled=true, roles=admin",
     ]
     assert [row[1] for row in rows[1:3]] == ["nobody signed in", "jobs_service"]
-    assert [row[5] for row in rows] == ["ok", "bad credentials", "not known", "unavailable", "99"]
+    assert [row[6] for row in rows] == ["ok", "bad credentials", "not known", "unavailable", "99"]
     lines = [json.loads(line) for line in signed_in("admin", "audit", "--json", "--limit", "2").stdout.splitlines()]
     assert [line["reason"] for line in lines] == ["", "ERROR_REASON_BAD_CREDENTIALS"]
 
@@ -129,6 +132,17 @@ def test_the_audit_trail_is_selected(signed_in: Callable[..., Result], fake: Fak
     assert (asked.actor_user_id, asked.subject, asked.method, asked.page_size) == (USER_ID, API_KEY_ID, UPDATE_USER, 7)
     assert asked.start_time.seconds == pytest.approx(time.time() - 2 * 86_400, abs=60)
     assert not asked.HasField("end_time")
+    for who in (EMAIL, EMAIL.upper(), USER_ID):
+        assert signed_in("admin", "audit", "--subject", who).exit_code == 0
+        assert fake.audit_asked[-1].subject == USER_ID
     for method in ("IdentityAdminService/UpdateUser", UPDATE_USER, f"/{UPDATE_USER}"):
         assert signed_in("admin", "audit", "--method", method).exit_code == 0
         assert fake.audit_asked[-1].method == UPDATE_USER
+
+
+@pytest.mark.parametrize("option", ["--actor", "--subject"])
+def test_an_address_without_an_account_has_no_trail(signed_in: Callable[..., Result], fake: FakeEdge, option: str) -> None:
+    result = signed_in("admin", "audit", option, "no@example.com")
+    assert (result.exit_code, result.stdout) == (ExitCode.NOT_FOUND, "")
+    assert "there is no account no@example.com" in result.stderr
+    assert not fake.audit_asked

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from typer.testing import Result
 
 from cli.amounts import time_text
-from cli.client import Backoff, Edge
+from cli.client import Edge
 from cli.commands.credits import CSV_COLUMNS, EntryKind, cell_text, change_line, purpose_text, write_csv
+from cli.connection import Backoff
 from cli.failures import ExitCode
 from cli.output import entry_word
 from cli.session import SessionMemory
@@ -540,7 +541,7 @@ def test_the_address_to_pay_at_is_all_of_the_output(signed_in: Genmesh, fake: Fa
 def test_waiting_ends_with_the_purchase(
     signed_in: Genmesh, fake: FakeEdge, monkeypatch: pytest.MonkeyPatch, state: "TopUp.State.ValueType", code: ExitCode, says: str
 ) -> None:
-    monkeypatch.setattr("cli.commands.credits.TOP_UP_POLL_S", 0.01)
+    monkeypatch.setattr("cli.commands.payments.TOP_UP_POLL_S", 0.01)
     pending = purchase(TopUp.STATE_PENDING)
     fake.top_ups.extend([pending, pending, purchase(state)])
     result = signed_in("credits", "top-up", "credits-1000", "--wait")
@@ -555,7 +556,7 @@ def test_waiting_ends_with_the_purchase(
 
 
 def test_waiting_is_bounded(signed_in: Genmesh, fake: FakeEdge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.commands.credits.TOP_UP_WAIT_MIN", 0)
+    monkeypatch.setattr("cli.commands.payments.TOP_UP_WAIT_MIN", 0)
     fake.top_ups.append(purchase(TopUp.STATE_PENDING))
     result = signed_in("credits", "top-up", "credits-1000", "--wait")
     assert result.exit_code == ExitCode.FAILED

@@ -174,8 +174,18 @@ def test_an_ended_session_says_so_and_is_forgotten(signed_in: Callable[..., Resu
         ),
         (
             MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED, "too many"),
-            ExitCode.UNAVAILABLE,
+            ExitCode.LIMITED,
             "try again",
+        ),
+        (
+            MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_CEILING_REACHED, "no room"),
+            ExitCode.CREDITS,
+            "genmesh credits ceilings",
+        ),
+        (
+            MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_REQUEST_TOO_LARGE, "too large"),
+            ExitCode.USAGE,
+            "send less",
         ),
         (
             MeshError(

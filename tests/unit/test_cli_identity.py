@@ -23,8 +23,23 @@ from cli.inputs import parse_from_now
 from cli.session import Session, SessionFile, SessionMemory
 from genmesh.identity.v1 import identity_pb2
 from genmesh.jobs.v1 import jobs_pb2
-from servicekit.errors import MeshError, permission_denied, unauthenticated
-from tests.unit.fake_edge import API_KEY_ID, EMAIL, JOB_ID, PASSWORD, PREFIX, SECRET, USER_ID, WAIT_S, FakeEdge, Reason, event, spawned
+from servicekit.errors import MeshError, permission_denied, precondition, unauthenticated
+from tests.unit.fake_edge import (
+    API_KEY_ID,
+    EMAIL,
+    IDENTITY_ID,
+    ISSUER,
+    JOB_ID,
+    PASSWORD,
+    PREFIX,
+    SECRET,
+    USER_ID,
+    WAIT_S,
+    FakeEdge,
+    Reason,
+    event,
+    spawned,
+)
 
 EXPIRED = unauthenticated(Reason.ERROR_REASON_TOKEN_EXPIRED, "the access token has expired")
 REVOKED = unauthenticated(Reason.ERROR_REASON_TOKEN_REVOKED, "the access token was revoked")
@@ -70,6 +85,7 @@ def test_making_a_key_is_not_repeated(signed_in: Callable[..., Result], fake: Fa
         ["login", "--google", "--email", EMAIL],
         ["login", "--no-browser"],
         ["link", "myspace"],
+        ["identities", "unlink", "google"],
     ],
 )
 def test_bad_input_is_usage(signed_in: Callable[..., Result], fake: FakeEdge, arguments: list[str]) -> None:
@@ -85,6 +101,7 @@ def test_keys_are_listed_with_their_state(signed_in: Callable[..., Result], fake
     rows = [line.split("\t") for line in signed_in("keys", "list").stdout.splitlines()]
     assert rows[0][:5] == [API_KEY_ID, "ci", PREFIX, "read, submit", "revoked"]
     assert [row[4] for row in rows] == ["revoked", "expired", "works"]
+    assert rows[0][6:] == ["never", "never"]
     assert len(signed_in("keys", "list", "--json", "--limit", "2").stdout.splitlines()) == 2
 
 
@@ -112,6 +129,26 @@ def test_a_key_takes_the_place_of_the_login(genmesh: Callable[..., Result], fake
     assert genmesh("--api-key-file", str(file), "whoami", GENMESH_EMAIL=EMAIL, GENMESH_PASSWORD="wrong").exit_code == 0
     assert fake.tokens == 0
     assert not session_path.exists()
+    assert genmesh("whoami").exit_code == ExitCode.DENIED, "the key of an earlier command is forgotten"
+
+
+def test_the_key_file_is_named_in_front_of_the_command_or_behind_it(genmesh: Callable[..., Result], fake: FakeEdge, tmp_path: Path) -> None:
+    file, wrong = tmp_path / "key", tmp_path / "wrong"
+    file.write_text(SECRET)
+    wrong.write_text("gmk_unknown")
+    for arguments in (
+        ["whoami", "--api-key-file", str(file)],
+        ["--api-key-file", str(wrong), "whoami", "--api-key-file", str(file)],
+        ["jobs", "list", "--api-key-file", str(file), "--limit", "1"],
+        ["credits", "--api-key-file", str(file)],
+        ["credits", "--api-key-file", str(file), "entries"],
+        ["credits", "entries", "--api-key-file", str(file)],
+        ["admin", "users", "--api-key-file", str(file), "update", USER_ID, "--disable"],
+    ):
+        result = genmesh(*arguments)
+        assert result.exit_code == 0, (arguments, result.output)
+    assert fake.tokens == 0
+    assert genmesh("login", "--api-key-file", str(file)).exit_code == ExitCode.USAGE
     assert genmesh("whoami").exit_code == ExitCode.DENIED, "the key of an earlier command is forgotten"
 
 
@@ -188,7 +225,7 @@ def test_a_limit_says_how_long_to_wait(genmesh: Callable[..., Result], fake: Fak
     code, reason = grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.ERROR_REASON_LIMIT_REACHED
     fake.token_refusals.append(MeshError(code, reason, "too many", retry_after_s=retry_after_s))
     result = genmesh("whoami", GENMESH_API_KEY=SECRET)
-    assert result.exit_code == ExitCode.UNAVAILABLE
+    assert result.exit_code == ExitCode.LIMITED
     assert f"try again {says}" in result.stderr
 
 
@@ -518,6 +555,68 @@ def test_where_google_is_not_offered(genmesh: Callable[..., Result]) -> None:
     result = genmesh("login", "--google")
     assert result.exit_code == ExitCode.FAILED
     assert "does not offer" in result.stderr
+
+
+@pytest.mark.usefixtures("at_google")
+def test_an_old_session_is_told_to_sign_in_again(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    fake.identities.append(identity_pb2.LinkedIdentity(identity_id=IDENTITY_ID, issuer=ISSUER))
+    for command in (["link", "google"], ["identities", "unlink", IDENTITY_ID]):
+        fake.refusals.append(permission_denied("sign in again and do it soon after"))
+        result = signed_in(*command)
+        assert result.exit_code == ExitCode.DENIED
+        assert "sign in again with `genmesh login`" in result.stderr
+    assert fake.identities
+
+
+# Linked identities
+
+
+def test_linked_identities_are_listed(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    nothing = signed_in("identities", "list")
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert "genmesh link google" in nothing.stderr
+    for issuer in (ISSUER, "https://securetoken.google.com/x"):
+        fake.identities.append(identity_pb2.LinkedIdentity(identity_id=IDENTITY_ID, issuer=issuer))
+    rows = [line.split("\t") for line in signed_in("identities", "list").stdout.splitlines()]
+    assert [row[:2] for row in rows] == [[IDENTITY_ID, ISSUER], [IDENTITY_ID, "https://securetoken.google.com/x"]]
+    lines = [json.loads(line) for line in signed_in("identities", "list", "--json").stdout.splitlines()]
+    assert [line["issuer"] for line in lines] == [ISSUER, "https://securetoken.google.com/x"]
+
+
+@pytest.mark.parametrize("named", [IDENTITY_ID, IDENTITY_ID.upper(), ISSUER])
+def test_an_identity_is_unlinked_by_id_or_provider(signed_in: Callable[..., Result], fake: FakeEdge, named: str) -> None:
+    other = identity_pb2.LinkedIdentity(identity_id=USER_ID, issuer="https://securetoken.google.com/x")
+    fake.identities = [other, identity_pb2.LinkedIdentity(identity_id=IDENTITY_ID, issuer=ISSUER)]
+    result = signed_in("identities", "unlink", named)
+    assert (result.exit_code, result.stdout) == (0, f"unlinked {IDENTITY_ID} ({ISSUER})\n"), result.stderr
+    assert fake.unlink_asked == [IDENTITY_ID]
+    assert fake.identities == [other]
+
+
+@pytest.mark.parametrize("named", [USER_ID, "https://accounts.example.com"])
+def test_what_is_not_linked_cannot_be_unlinked(signed_in: Callable[..., Result], fake: FakeEdge, named: str) -> None:
+    fake.identities.append(identity_pb2.LinkedIdentity(identity_id=IDENTITY_ID, issuer=ISSUER))
+    result = signed_in("identities", "unlink", named)
+    assert result.exit_code == ExitCode.NOT_FOUND
+    assert "genmesh identities list" in result.stderr
+    assert not fake.unlink_asked
+
+
+def test_the_last_way_to_sign_in_stays(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    fake.identities.append(identity_pb2.LinkedIdentity(identity_id=IDENTITY_ID, issuer=ISSUER))
+    fake.refusals.append(precondition(Reason.ERROR_REASON_LAST_IDENTITY, "the only way left to sign in"))
+    result = signed_in("identities", "unlink", IDENTITY_ID, "--json")
+    assert (result.exit_code, result.stdout) == (ExitCode.FAILED, "")
+    status = json.loads(result.stderr)
+    assert (status["code"], status["details"][0]["reason"]) == (9, "ERROR_REASON_LAST_IDENTITY")
+    assert "genmesh link" in status["details"][1]["message"]
+
+
+def test_unlinking_is_not_repeated(signed_in: Callable[..., Result], fake: FakeEdge) -> None:
+    fake.identities.append(identity_pb2.LinkedIdentity(identity_id=IDENTITY_ID, issuer=ISSUER))
+    fake.refusals.append(MeshError(grpc.StatusCode.UNAVAILABLE, Reason.ERROR_REASON_UNAVAILABLE, "restarting"))
+    assert signed_in("identities", "unlink", IDENTITY_ID).exit_code == ExitCode.UNAVAILABLE
+    assert fake.unlink_asked == [IDENTITY_ID]
 
 
 # What is typed

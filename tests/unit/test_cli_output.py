@@ -1,6 +1,8 @@
 """What the command line shows, and what it makes of what people type. No server."""
 
 import io
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 from google.protobuf import any_pb2
@@ -11,20 +13,16 @@ from PIL import Image
 from rich.console import Console
 
 from cli.amounts import credits_text, money_text, seconds_text, time_text, utc_text
-from cli.client import EdgeAddress
+from cli.connection import EdgeAddress
 from cli.download import slug, target_paths
 from cli.failures import CommandError, ExitCode, printable
 from cli.inputs import parse_bound, parse_credits, parse_size, parse_time
 from cli.output import (
-    PREVIEW_COLUMNS,
-    HalfBlocks,
-    JobView,
-    JobViews,
-    LineDisplay,
-    LiveDisplay,
-    decode_preview,
     reason_text,
+    write_table,
 )
+from cli.pictures import PREVIEW_COLUMNS, HalfBlocks, decode_preview
+from cli.progress import JobView, JobViews, LineDisplay, LiveDisplay
 from genmesh.jobs.v1 import jobs_pb2
 
 JOB_ID = "01890a5d-ac96-774b-bcce-b302099a8057"
@@ -333,3 +331,29 @@ def test_many_jobs_are_rows_and_markup_in_prompts_is_text() -> None:
 def test_seconds() -> None:
     assert [seconds_text(seconds) for seconds in (-1, 0.4, 59.4, 60, 75.2)] == ["0 s", "0 s", "59 s", "1 min 0 s", "1 min 15 s"]
     assert [seconds_text(seconds) for seconds in (3599, 11_000, 86_400, 2_000_000)] == ["59 min 59 s", "3 h 3 min", "1 d 0 h", "23 d 3 h"]
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[int], list[str]]:
+    """Shows a table on a terminal so many columns wide."""
+
+    def show(width: int) -> list[str]:
+        monkeypatch.setattr("cli.output.Console", partial(Console, force_terminal=True, color_system=None, width=width))
+        write_table(["id", "name", "details"], [[JOB_ID, "ci", "a=1, " * 20], [JOB_ID, "\x1b[2J", ""]])
+        return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+    return show
+
+
+def test_a_table_folds_its_last_column_alone(screen: Callable[[int], list[str]]) -> None:
+    lines = screen(80)
+    assert lines[0].split() == ["id", "name", "details"]
+    column = lines[0].index("details")
+    assert [line[:column].split() for line in lines[1:]] == [[JOB_ID, "ci"], *[[]] * (len(lines) - 3), [JOB_ID, "\ufffd[2J"]]
+    assert all(line.startswith("a=1", column) or line[column - 1] == " " for line in lines[2:-1])
+
+
+def test_what_is_too_wide_for_a_table_is_shown_row_by_row(screen: Callable[[int], list[str]]) -> None:
+    lines = screen(60)
+    assert lines[:2] == [f"id       {JOB_ID}", "name     ci"]
+    assert lines[3:] == ["", f"id    {JOB_ID}", "name  \ufffd[2J"]

@@ -41,6 +41,7 @@ def test_nothing_runs(state: StateDirectory) -> None:
     assert run("status") == (3, f"nothing is running on {state.path}\n")
     code, output = run("status", "--json")
     assert code == 3
+    assert output.count("\n") == 1
     assert json.loads(output) == {"running": False, "state_dir": str(state.path), "processes": []}
     assert run("down") == (0, f"nothing is running on {state.path}\n")
 
@@ -50,6 +51,7 @@ def test_all_healthy(state: StateDirectory) -> None:
     with state.held():
         code, output = run("status", "--json")
         assert code == 0
+        assert output.count("\n") == 1
         described = json.loads(output)
         assert described["pid"] == os.getpid()
         (process,) = described["processes"]
