@@ -139,7 +139,7 @@ async def serve(settings: CreditSettings, stop: asyncio.Event) -> None:
         engine = create_engine(settings)
         stack.push_async_callback(engine.dispose)
         # Watches are RPCs in flight: they leave room for those that move credits.
-        feed = BalanceFeed(engine, watches_max=settings.max_concurrent_rpcs // 2)
+        feed = BalanceFeed(engine, watches_max=settings.max_concurrent_rpcs // 2, checkpoint_interval_s=settings.checkpoint_interval_s)
         prices = load_prices(settings.prices_file)
         payments = stack.enter_context(build_payments(settings))
         door = await stack.enter_async_context(remote_doorkeeper(settings, service=SERVICE))

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from credit_service.balances import CHECKPOINT_INTERVAL_S
 from credit_service.prices import load_prices
 from servicekit.settings import DatabaseSettings, ServerSettings
 
@@ -14,6 +15,7 @@ class CreditSettings(ServerSettings, DatabaseSettings):
 
     # Operations that wait for the same flush of the log share it: more of them at once, more of them done.
     database_pool_size: int = Field(16, ge=1, le=100, description="Connections a process holds at most")
+    checkpoint_interval_s: float = Field(CHECKPOINT_INTERVAL_S, gt=0, le=15, description="Silence on a watch before a checkpoint is sent")
     hold_expiry_interval_s: float = Field(
         2.0, gt=0, le=30, description="How often credit_service looks for holds and promotional credits whose time is over"
     )
