@@ -57,12 +57,13 @@ PAGE_BYTES_MAX = 8 * 1024 * 1024
 
 Json = dict[str, Any]
 
-# Of a route that is answered here and needs no token.
+# Of a route that is answered here and needs no token. Nor may the transcoder make another path of it, for which one was needed.
 NO_TOKEN: Json = {
     "envoy.filters.http.jwt_authn": {
         "@type": "type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.PerRouteConfig",
         "disabled": True,
-    }
+    },
+    "envoy.filters.http.grpc_json_transcoder": {"@type": "type.googleapis.com/envoy.config.route.v3.FilterConfig", "disabled": True},
 }
 
 _READING: Json = {"name": ":method", "string_match": {"safe_regex": {"regex": "GET|HEAD"}}}

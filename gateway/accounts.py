@@ -114,7 +114,6 @@ class Accounts:
         account = await self._insert(email, password, display_name, roles=(), client=client)
         if account is None:
             raise _email_taken("an account with this e-mail address exists; sign in")
-        audit.about(subject=str(account.user_id))
         _log.info("account.registered", user_id=str(account.user_id))
         return account
 
@@ -138,7 +137,7 @@ class Accounts:
     ) -> Account | None:
         password_hash = await self._passwords.hash(password, client=client)
         async with transaction(self._engine) as connection:
-            return await store.insert_user(
+            account = await store.insert_user(
                 connection,
                 user_id=uuid7(),
                 email=email,
@@ -147,6 +146,10 @@ class Accounts:
                 plan=identity.PLAN_FREE,
                 password_hash=password_hash,
             )
+            if account is not None:
+                audit.about(subject=str(account.user_id))
+                audit.done()
+            return account
 
     async def sign_in(self, *, email: str, password: str, client_address: str) -> Tokens:
         """Start a session. Raises UNAUTHENTICATED (BAD_CREDENTIALS), PERMISSION_DENIED (ACCOUNT_DISABLED), RESOURCE_EXHAUSTED."""
@@ -184,6 +187,10 @@ class Accounts:
             await self._throttle.success(f"{proven.issuer} {proven.subject}", client)
             async with transaction(self._engine) as connection:
                 account = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
+                if account is not None:
+                    # Who unlinks has the account locked: this waits for them, and what is read then holds until the session is there.
+                    await store.share_user(connection, account.user_id)
+                    account = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
                 if account is None:
                     account = await self._adopt(connection, proven)
                 session = await self._start_session(connection, account.user_id, client)
@@ -196,12 +203,15 @@ class Accounts:
         RESOURCE_EXHAUSTED (LIMIT_REACHED), UNAVAILABLE.
         """
         audit.about(credential=proof.name)
-        await self._require_recent_sign_in(user_id, session_id)
+        async with reading(self._engine) as connection:
+            await self._require_recent_sign_in(connection, user_id, session_id)
         async with self._guarded(proof, client_network(client_address)):
             proven = await self._providers.prove(proof)
         audit.about(issuer=proven.issuer, external_subject=proven.subject)
         async with transaction(self._engine) as connection:
             account = identity.require_enabled(await store.share_user(connection, user_id))
+            # Again: the provider may have taken its time, and the session may have been ended meanwhile.
+            await self._require_recent_sign_in(connection, user_id, session_id)
             await store.lock_identity(connection, proven.issuer, proven.subject)
             owner = await store.get_user_by_identity(connection, proven.issuer, proven.subject)
             if owner is None:
@@ -223,10 +233,10 @@ class Accounts:
 
         Raises PERMISSION_DENIED, NOT_FOUND, FAILED_PRECONDITION (LAST_IDENTITY).
         """
-        await self._require_recent_sign_in(user_id, session_id)
         async with transaction(self._engine) as connection:
             # Not shared: of two that unlink at once, the second sees what the first left.
             identity.require_enabled(await store.lock_user(connection, user_id))
+            await self._require_recent_sign_in(connection, user_id, session_id)
             linked = await store.list_identities(connection, user_id)
             found = next((one for one in linked if one.identity_id == identity_id), None)
             if found is None:
@@ -239,13 +249,12 @@ class Accounts:
             await store.delete_identity(connection, identity_id)
         _log.info("identity.unlinked", user_id=str(user_id), issuer=found.issuer)
 
-    async def _require_recent_sign_in(self, user_id: uuid.UUID, session_id: uuid.UUID | None) -> None:
+    async def _require_recent_sign_in(self, connection: AsyncConnection, user_id: uuid.UUID, session_id: uuid.UUID | None) -> None:
         """Raise PERMISSION_DENIED unless the session is a young one of the account, and goes on.
 
         How an account is signed in to outlives the session that changes it: a stolen access or refresh token is not enough.
         """
-        async with reading(self._engine) as connection:
-            age = await store.session_age(connection, session_id, user_id=user_id) if session_id is not None else None
+        age = await store.session_age(connection, session_id, user_id=user_id) if session_id is not None else None
         if age is None or age > self._policy.recent_sign_in:
             raise permission_denied("to change how this account is signed in to, sign in again and do it soon after")
 
@@ -351,6 +360,7 @@ class Accounts:
         await self._insert_refresh_token(connection, session_id, refresh_token)
         audit.by(str(user_id))
         audit.about(session_id=str(session_id))
+        audit.done()
         return _Session(session_id, account, await store.account_issue_time(connection, user_id), refresh_token)
 
     async def _insert_refresh_token(self, connection: AsyncConnection, session_id: uuid.UUID, refresh_token: str) -> None:
@@ -374,6 +384,7 @@ class Accounts:
                 audit.about(subject=str(account.user_id), session_id=str(session_id))
                 if decision is RefreshDecision.ROTATE:
                     audit.by(str(account.user_id))
+                    audit.done()
                     next_token = identity.new_refresh_token()
                     await store.mark_refresh_token_used(connection, token_hash)
                     await self._insert_refresh_token(connection, session_id, next_token)
@@ -394,6 +405,7 @@ class Accounts:
     async def _end(self, connection: AsyncConnection, session_id: uuid.UUID, user_id: uuid.UUID, reason: str) -> None:
         """End a session and what access tokens it has."""
         audit.about(subject=str(user_id), session_id=str(session_id), ended=reason)
+        audit.done()
         if await store.end_session(connection, session_id, reason):
             await revoke(connection, "session", session_id)
 

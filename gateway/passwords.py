@@ -72,7 +72,8 @@ class Passwords:
     async def _run(self, work: Callable[[], T], client: str | None) -> T:
         # Nobody, with however many accounts, takes all the places.
         if self._pending >= self._pending_max or (client is not None and self._pending_of[client] >= self._client_max):
-            raise limit_reached("passwords", "too many people are signing in right now", retry_after_s=BUSY_RETRY_AFTER_S)
+            bound = f"too many passwords at once: at most {self._pending_max} of all, {self._client_max} of an address"
+            raise limit_reached("passwords", bound, retry_after_s=BUSY_RETRY_AFTER_S)
         self._pending += 1
         if client is not None:
             self._pending_of[client] += 1

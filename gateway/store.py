@@ -507,7 +507,8 @@ async def mark_api_keys_used(connection: AsyncConnection, api_key_ids: Sequence[
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """An entry of the audit trail; `code` and `reason` are None while its outcome is not known, `reporter` where it never will be."""
+    """An entry of the audit trail; `code` and `reason` are None while its outcome is not known, `reporter` in
+    entries from before it was written down."""
 
     audit_entry_id: uuid.UUID
     act_time: datetime

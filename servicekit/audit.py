@@ -65,6 +65,8 @@ class AuditEntry:
     details: dict[str, str] = field(default_factory=dict[str, str])
     code: int | None = None
     reason: str = ""
+    lasting: bool = False
+    """Whether the act changed something, see `done`. Not written down."""
 
 
 class AuditTrail(Protocol):
@@ -80,6 +82,8 @@ class AuditTrail(Protocol):
 
 
 _entry: contextvars.ContextVar[AuditEntry | None] = contextvars.ContextVar("audit_entry", default=None)
+_finishing: set[asyncio.Future[None]] = set()
+"""What is being written; the event loop alone would let go of it."""
 
 
 def about(subject: str | None = None, **details: str) -> None:
@@ -100,6 +104,13 @@ def by(user_id: str) -> None:
     entry = _entry.get()
     if entry is not None:
         entry.actor_user_id = user_id
+
+
+def done() -> None:
+    """Say that the act has changed something, which hanging up does not undo: a stranger's is written down all the same."""
+    entry = _entry.get()
+    if entry is not None:
+        entry.lasting = True
 
 
 class Recorder:
@@ -153,20 +164,21 @@ async def _recorded(trail: AuditTrail, method: str, request: Message, principal:
     except MeshError as refusal:
         _end(entry, refusal.code, Reason.Name(refusal.reason))
         if first or refusal.reason in RECORDED_OF_STRANGERS:
-            await _finish(trail, entry, first=first)
+            await _finish_anyway(trail, entry, first=first)
         raise
     except asyncio.CancelledError:
-        # The caller is gone, and may have what it came for: hanging up is no way around the trail.
+        # The caller is gone, and may have what it came for. A stranger who got nothing is not counted by throttling, either.
         _end(entry, grpc.StatusCode.CANCELLED, "")
-        await asyncio.shield(asyncio.ensure_future(_finish(trail, entry, first=first)))
+        if first or entry.lasting:
+            await _finish_anyway(trail, entry, first=first)
         raise
     except BaseException:
         _end(entry, grpc.StatusCode.INTERNAL, "")
-        await _finish(trail, entry, first=first)
+        await _finish_anyway(trail, entry, first=first)
         raise
     else:
         _end(entry, grpc.StatusCode.OK, "")
-        await _finish(trail, entry, first=first)
+        await _finish_anyway(trail, entry, first=first)
     finally:
         _entry.reset(token)
 
@@ -200,6 +212,14 @@ async def _begin(trail: AuditTrail, entry: AuditEntry) -> None:
     except Exception as error:
         _log.error("audit.unwritten", method=entry.method, error=repr(error))
         raise unavailable("this act has to be written down first, and that is impossible right now") from error
+
+
+async def _finish_anyway(trail: AuditTrail, entry: AuditEntry, *, first: bool) -> None:
+    """As `_finish`, to its end: hanging up is no way around the trail."""
+    finishing = asyncio.ensure_future(_finish(trail, entry, first=first))
+    _finishing.add(finishing)
+    finishing.add_done_callback(_finishing.discard)
+    await asyncio.shield(finishing)
 
 
 async def _finish(trail: AuditTrail, entry: AuditEntry, *, first: bool) -> None:

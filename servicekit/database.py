@@ -209,7 +209,7 @@ def run_script(migration: str) -> None:
 
 def run_script_outside_transaction(migration: str) -> None:
     """Run the SQL beside a revision statement by statement, each on its own: for CREATE INDEX CONCURRENTLY, which must not hold up
-    writers. What it makes it makes IF NOT EXISTS, as a revision that fails half-way is run again. No `;` but between statements."""
+    writers. Each has to bear being run again, as a revision that fails half-way is. No `;` but between statements."""
     from alembic import op
 
     with op.get_context().autocommit_block():

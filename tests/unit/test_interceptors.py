@@ -155,12 +155,17 @@ class OddError(Exception):
 
 
 class MemoryTrail:
-    """Keeps entries in memory; `away` makes it refuse what it is told."""
+    """Keeps entries in memory; `away` makes it refuse what it is told, `slow` makes ends of acts wait for `go_on`."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
         self.begun: list[AuditEntry] = []
         self.finished: list[AuditEntry] = []
         self.away = False
+        self.writing, self.slow = asyncio.Event(), False
+        self.go_on = asyncio.Event()
 
     async def begin(self, entry: AuditEntry) -> None:
         await self._take(self.begun, entry)
@@ -171,6 +176,9 @@ class MemoryTrail:
     async def _take(self, kept: list[AuditEntry], entry: AuditEntry) -> None:
         if self.away:
             raise ConnectionError("the trail is away")
+        if self.slow and entry.code is not None:
+            self.writing.set()
+            await self.go_on.wait()
         kept.append(dataclasses.replace(entry, details=dict(entry.details)))
 
 
@@ -237,7 +245,7 @@ async def running(certificates: Path) -> AsyncGenerator[Probe]:
 @pytest.fixture
 def probe(running: Probe) -> Probe:
     running.unary, running.stream = echo_caller, count_to_three
-    running.trail.begun, running.trail.finished, running.trail.away = [], [], False
+    running.trail.forget()
     return running
 
 
@@ -919,11 +927,22 @@ async def test_one_account_leaves_no_flood_of_entries(probe: Probe, call: Any, m
         await call(ADMIN, token=probe.keys.token(sub=somebody, roles=["admin"]))
 
 
+async def ended(probe: Probe, method: Method) -> AuditEntry:
+    """The only entry that says how its act ended; a stranger's is written down only then."""
+    entries = probe.trail.finished if method is ADMIN else probe.trail.begun
+    async with asyncio.timeout(20):
+        while not entries:  # noqa: ASYNC110  # nobody signals it
+            await asyncio.sleep(0.01)
+    [entry] = entries
+    return entry
+
+
 @pytest.mark.parametrize("method", [ADMIN, AUDITED_SIGN_IN])
 async def test_hanging_up_leaves_an_entry(probe: Probe, call: Any, method: Method) -> None:
     begun = asyncio.Event()
 
     async def hang(_request: Any) -> identity_pb2.User:
+        audit.done()
         begun.set()
         await asyncio.Event().wait()
         raise AssertionError
@@ -932,11 +951,47 @@ async def test_hanging_up_leaves_an_entry(probe: Probe, call: Any, method: Metho
     started = call(method, token=probe.keys.token(roles=["admin"]))
     await begun.wait()
     started.cancel()
-    async with asyncio.timeout(20):
-        while not (probe.trail.finished if method is ADMIN else probe.trail.begun):  # noqa: ASYNC110  # nobody signals it
-            await asyncio.sleep(0.01)
-    [entry] = probe.trail.finished if method is ADMIN else probe.trail.begun
-    assert entry.code == 1
+    assert (await ended(probe, method)).code == 1
+
+
+@pytest.mark.parametrize("method", [ADMIN, AUDITED_SIGN_IN])
+@pytest.mark.parametrize("refused", [False, True])
+async def test_hanging_up_while_it_is_written_down_leaves_an_entry(probe: Probe, call: Any, method: Method, refused: bool) -> None:
+    async def act(_request: Any) -> identity_pb2.User:
+        if refused:
+            raise MeshError(grpc.StatusCode.UNAUTHENTICATED, Reason.ERROR_REASON_BAD_CREDENTIALS, "wrong")
+        return identity_pb2.User()
+
+    probe.unary, probe.trail.slow = act, True
+    started = call(method, token=probe.keys.token(roles=["admin"]))
+    await probe.trail.writing.wait()
+    started.cancel()
+    await asyncio.wait([asyncio.ensure_future(started)])
+    assert not (probe.trail.finished if method is ADMIN else probe.trail.begun)
+    probe.trail.go_on.set()
+    assert (await ended(probe, method)).code == (16 if refused else 0)
+
+
+async def test_a_stranger_who_changed_nothing_and_hangs_up_leaves_none(probe: Probe, call: Any) -> None:
+    """Throttling counts refusals: without this, deadlines of some milliseconds would fill the trail."""
+    begun, gone = asyncio.Event(), asyncio.Event()
+
+    async def hang(_request: Any) -> identity_pb2.User:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+        raise AssertionError
+
+    probe.unary = hang
+    started = call(AUDITED_SIGN_IN)
+    await begun.wait()
+    started.cancel()
+    await gone.wait()
+    probe.unary = echo_caller
+    await call(AUDITED_SIGN_IN)  # written down after whatever the one before would have left
+    assert [entry.code for entry in probe.trail.begun] == [0]
 
 
 async def test_strangers_are_written_down_after_the_fact(probe: Probe, call: Any) -> None:

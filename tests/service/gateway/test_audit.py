@@ -459,6 +459,34 @@ async def test_nothing_is_changed_or_removed_even_by_the_owner(gateway: Any, bos
     assert rest == before
 
 
+async def test_pages_of_a_subject_part_entries_of_one_moment(start_gateway: Any, postgres: Any) -> None:
+    """Whether the entry or its outcome names the subject."""
+    url = postgres.create_database()
+    await asyncio.to_thread(migrate, DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)
+    gateway = await start_gateway(database_url=url)
+    subject, count = fresh_id(), 40
+    entries_of = (
+        "INSERT INTO audit_entries (audit_entry_id, act_time, actor_service, method, subject, client_address, request_id, details)"
+        " SELECT gen_random_uuid(), '2026-05-04T12:00:00Z', '', 'm', CASE n % 2 WHEN 0 THEN :subject ELSE '' END, '', '', '{}'"
+        f" FROM generate_series(1, {count}) AS n"
+    )
+    outcomes_of = (
+        "INSERT INTO audit_outcomes (audit_entry_id, act_time, code, reason, subject, details) SELECT audit_entry_id, act_time, 0, '',"
+        " :subject, '{}' FROM audit_entries WHERE subject = ''"
+    )
+    async with gateway.engine.begin() as connection:
+        await connection.execute(sa.text(entries_of).bindparams(subject=subject))
+        await connection.execute(sa.text(outcomes_of).bindparams(subject=subject))
+    found: list[uuid.UUID] = []
+    before: tuple[datetime, uuid.UUID] | None = None
+    async with gateway.engine.connect() as connection:
+        while page := await store.list_audit_entries(connection, audit.AuditFilter(subject=subject), before=before, limit=7):
+            found += [row.audit_entry_id for row in page]
+            before = page[-1].act_time, page[-1].audit_entry_id
+    assert len(found) == count
+    assert found == sorted(set(found), reverse=True)
+
+
 async def test_no_list_reads_the_whole_trail(postgres: Any, start_gateway: Any) -> None:
     url = postgres.create_database()
     await asyncio.to_thread(migrate, DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)

@@ -579,22 +579,57 @@ async def test_the_only_way_in_stays(two_issuers: tuple[Any, Issuer], issuer: Is
     assert (await by_firebase(gateway, other.sign(claims))).user == session.user
 
 
+async def until_waiting(gateway: Any, count: int = 1) -> None:
+    """Return when so many statements wait for a lock."""
+    waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
+    async with asyncio.timeout(20):
+        while True:
+            # A transaction sees those of its beginning: each question takes one of its own.
+            async with transaction(gateway.engine) as connection:
+                if (await connection.execute(waiting)).scalar_one() >= count:
+                    return
+            await asyncio.sleep(0.02)
+
+
 async def test_two_at_once_do_not_unlink_both(two_issuers: tuple[Any, Issuer], issuer: Issuer) -> None:
     gateway, other = two_issuers
     session = await by_token(gateway, issuer.sign(issuer.claims()))
     await link_firebase(gateway, session.access_token, other.sign(other.firebase_claims()))
     both = [one.identity_id for one in await linked(gateway, session.access_token)]
-    waiting = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
     async with transaction(gateway.engine) as connection:
         await store.lock_user(connection, uuid.UUID(session.user.user_id))
         calls = [asyncio.ensure_future(unlink(gateway, session.access_token, identity_id)) for identity_id in both]
-        async with asyncio.timeout(20):
-            while (await connection.execute(waiting)).scalar_one() < 2:  # noqa: ASYNC110  # nobody signals it
-                await asyncio.sleep(0.02)
+        await until_waiting(gateway, 2)
     answers: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
     [error] = [one for one in answers if isinstance(one, grpc.aio.AioRpcError)]
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert len(await linked(gateway, session.access_token)) == 1
+
+
+async def test_who_signs_in_while_it_is_unlinked_is_a_stranger(google: Any, issuer: Issuer, refused: Any) -> None:
+    claims = issuer.claims()
+    ann = await with_password(google, claims["email"])
+    await link(google, ann.access_token, issuer.sign(claims))
+    async with transaction(google.engine) as connection:
+        await store.lock_user(connection, uuid.UUID(ann.user.user_id))
+        signing_in = asyncio.ensure_future(by_token(google, issuer.sign(claims)))
+        await until_waiting(google)
+        [found] = await store.list_identities(connection, uuid.UUID(ann.user.user_id))
+        await store.delete_identity(connection, found.identity_id)
+    error = await refused(signing_in)
+    assert (error.code, error.reason) == (grpc.StatusCode.ALREADY_EXISTS, Reason.ERROR_REASON_EMAIL_TAKEN)
+
+
+async def test_a_session_that_ends_while_it_links_links_nothing(google: Any, issuer: Issuer, refused: Any) -> None:
+    ann = await with_password(google, fresh_email())
+    async with transaction(google.engine) as connection:
+        await store.lock_user(connection, uuid.UUID(ann.user.user_id))
+        linking = asyncio.ensure_future(link(google, ann.access_token, issuer.sign(issuer.claims())))
+        await until_waiting(google)
+        await store.end_sessions(connection, uuid.UUID(ann.user.user_id), identity.END_SIGNED_OUT)
+    error = await refused(linking)
+    assert (error.code, error.reason) == (grpc.StatusCode.PERMISSION_DENIED, Reason.ERROR_REASON_PERMISSION_DENIED)
+    assert await linked(google, ann.access_token) == []
 
 
 async def test_the_tokens_are_the_gateways_own(google: Any, issuer: Issuer) -> None:
