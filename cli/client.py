@@ -85,6 +85,7 @@ class Edge:
         self._reached = False
         self._stopped = False
         self._watching: grpc.RpcContext | None = None
+        self._ca_file = ca_file
         self._channel = open_channel(self.address, ca_file)
         self.identity = identity_pb2_grpc.IdentityServiceStub(self._channel)
         self.identity_admin = identity_pb2_grpc.IdentityAdminServiceStub(self._channel)
@@ -104,7 +105,7 @@ class Edge:
         """
         file = SessionFile(settings.session_path)
         chosen = url or settings.edge_url
-        if chosen is None and ("edge_port" not in settings.model_fields_set or settings.edge_port == 0):
+        if chosen is None:
             stored = file.load()
             chosen = stored.edge if stored else None
         credentials = (settings.email, settings.password.get_secret_value()) if settings.email and settings.password else None
@@ -423,13 +424,15 @@ class Edge:
             call.cancel()
 
     def _check_reachable(self) -> None:
-        """Nothing ever answered and nothing listens: do not keep the user waiting for retries."""
+        """Nothing ever answered, and nothing listens or can be trusted: do not keep the user waiting for retries."""
         if not self._reached and not self.address.listening():
             raise CommandError(
                 f"nothing answers at {self.url}",
                 "start genmesh with `genmesh up`, or name a running one with --edge or GENMESH_EDGE_URL",
                 code=ExitCode.UNAVAILABLE,
             )
+        if not self._reached and self.address.tls:
+            self.address.check_certificate(self._ca_file)
 
 
 def parse_api_key(text: str, source: str) -> str:

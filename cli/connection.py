@@ -64,6 +64,19 @@ class EdgeAddress:
         except OSError:
             return False
 
+    def check_certificate(self, ca_file: Path | None) -> None:
+        """Raise CommandError when what listens there has no certificate that can be trusted: waiting does not mend that."""
+        context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+        context.set_alpn_protocols(["h2"])
+        try:
+            with socket.create_connection((self.host, self.port), PROBE_TIMEOUT_S) as connection:
+                context.wrap_socket(connection, server_hostname=self.host).close()
+        except ssl.SSLCertVerificationError as error:
+            advice = "name the certificate of its authority with GENMESH_EDGE_CA_FILE"
+            raise usage(f"the certificate at {self.url} is not trusted: {error.verify_message}", advice) from error
+        except OSError:
+            pass  # gone, or no TLS at all: the call says so
+
 
 class Backoff:
     """Growing, jittered waits inside a window of time that starts with the first failure."""

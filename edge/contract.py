@@ -63,7 +63,8 @@ class PublicMethod:
 def public_methods(descriptors: Path) -> tuple[PublicMethod, ...]:
     """All methods with a REST binding, in the order of the contract.
 
-    Raises ValueError for a method that is bound to REST but may not be called from outside, or that lies where nobody is asked for a token.
+    Raises ValueError for a method that is bound to REST but may not be called from outside, that takes a stream, or that
+    lies where nobody is asked for a token.
     """
     files = descriptor_pb2.FileDescriptorSet.FromString(descriptors.read_bytes())
     return tuple(
@@ -79,6 +80,8 @@ def _public(service: str, method: descriptor_pb2.MethodDescriptorProto) -> Publi
     access = method.options.Extensions[options_pb2.access]
     if access not in PUBLISHABLE:
         raise ValueError(f"{service}.{method.name} has a REST binding but its access is {options_pb2.Access.Name(access)}")
+    if method.client_streaming:
+        raise ValueError(f"{service}.{method.name} takes a stream: the edge takes whole requests only")
     rule: http_pb2.HttpRule = method.options.Extensions[HTTP]
     bindings = tuple(_bindings(rule))
     if not service.startswith(PACKAGE_PREFIX) or not all(binding.path.startswith(REST_PREFIX) for binding in bindings):

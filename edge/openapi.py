@@ -81,7 +81,7 @@ server-sent events, whose `data` is the object. Resume with the newest `resumeTo
 **Lists.** `pageSize` bounds a page; `nextPageToken` of the answer is the `pageToken` of the next request, and empty on the last
 page.
 
-**Support.** Every answer has an `x-request-id`; log lines have it too.
+**Support.** Every answer has an `x-request-id`, which log lines have too; only bytes that are no HTTP request get one without.
 """
 
 _PATH_VARIABLE = re.compile(r"\{([a-z0-9_]+)\}")

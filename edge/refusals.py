@@ -212,6 +212,7 @@ def _for_grpc(refusal: Refusal) -> Json:
         "filter": {"and_filter": {"filters": [*_filters(refusal), *_IS_GRPC]}},
         "status_code": HTTPStatus.OK,
         "headers_to_add": [
+            *_challenge(refusal, always=False),
             _set("content-type", "application/grpc"),
             _set("grpc-status", str(status.code)),
             _set("grpc-message", status.message),
@@ -235,15 +236,22 @@ def _for_rest(refusal: Refusal) -> Json:
     }
     if refusal.tell_status is not None:
         mapper["status_code"] = refusal.tell_status
-    headers: list[Json] = []
-    if HTTPStatus.UNAUTHORIZED in (refusal.status, refusal.tell_status):
-        # jwt_authn's own challenge repeats the URL, query string included.
-        headers.append(_set("www-authenticate", f'Bearer realm="{DOMAIN}"', "OVERWRITE_IF_EXISTS"))
+    headers = _challenge(refusal, always=True)
     if refusal.retry_after_s is not None:
         headers.append(_set("retry-after", str(refusal.retry_after_s)))
     if headers:
         mapper["headers_to_add"] = headers
     return mapper
+
+
+def _challenge(refusal: Refusal, *, always: bool) -> list[Json]:
+    """The challenge of a 401, in place of jwt_authn's own: that repeats the URL, query string included."""
+    # By status 200, which gRPC has, there is none; but what jwt_authn has added has to go.
+    told = refusal.status if refusal.tell_status is None else refusal.tell_status
+    if HTTPStatus.UNAUTHORIZED not in (refusal.status, told):
+        return []
+    action = "OVERWRITE_IF_EXISTS_OR_ADD" if always and told == HTTPStatus.UNAUTHORIZED else "OVERWRITE_IF_EXISTS"
+    return [_set("www-authenticate", f'Bearer realm="{DOMAIN}"', action)]
 
 
 def _set(key: str, value: str, action: str = "OVERWRITE_IF_EXISTS_OR_ADD") -> Json:

@@ -54,6 +54,8 @@ PAGE_TYPES = {
     ".woff2": "font/woff2",
 }
 PAGE_BYTES_MAX = 8 * 1024 * 1024
+REQUEST_BYTES_MAX = 2 * 1024 * 1024
+"""Of a body, in whatever form; `envoy.yaml` has the same for REST."""
 
 Json = dict[str, Any]
 
@@ -266,7 +268,17 @@ def _route(method: PublicMethod) -> Json:
         }
     # Transcoded and grpc-web requests have become application/grpc… by the time they are routed.
     is_grpc: Json = {"name": "content-type", "string_match": {"prefix": "application/grpc"}}
-    route: Json = {"match": {"path": method.path, "headers": [is_grpc]}, "route": action}
+    route: Json = {
+        "match": {"path": method.path, "headers": [is_grpc]},
+        "route": action,
+        # No method takes a stream: a request is whole before it goes on, and no larger than one by REST.
+        "typed_per_filter_config": {
+            "envoy.filters.http.buffer": {
+                "@type": "type.googleapis.com/envoy.extensions.filters.http.buffer.v3.BufferPerRoute",
+                "buffer": {"max_request_bytes": REQUEST_BYTES_MAX},
+            }
+        },
+    }
     return route if method.service == COOKIE_SERVICE else route | {"request_headers_to_remove": ["cookie"]}
 
 

@@ -104,10 +104,10 @@ def _tell(before: Account, account: Account, actor_id: str) -> None:
     user_id = str(account.user_id)
     if account.plan != before.plan:
         _log.info("account.plan_changed", user_id=user_id, actor_id=actor_id, before=before.plan, plan=account.plan)
-        audit.about(plan_before=before.plan, plan=account.plan)
+        audit.about(plan_before=before.plan)
     if set(account.roles) != set(before.roles):
         _log.info("account.roles_changed", user_id=user_id, actor_id=actor_id, before=before.roles, roles=account.roles)
-        audit.about(roles_before=",".join(before.roles), roles=",".join(account.roles))
+        audit.about(roles_before=",".join(before.roles))
     if account.disabled != before.disabled:
         _log.info("account.disabled" if account.disabled else "account.enabled", user_id=user_id, actor_id=actor_id)
-        audit.about(disabled=str(account.disabled).lower())
+        audit.about(disabled_before=str(before.disabled).lower())

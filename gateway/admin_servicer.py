@@ -2,6 +2,7 @@
 
 import uuid
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 import grpc
@@ -54,6 +55,13 @@ class IdentityAdminServicer(identity_pb2_grpc.IdentityAdminServiceServicer):
 
     async def UpdateUser(self, request: identity_pb2.UpdateUserRequest, context: Context) -> identity_pb2.UpdateUserResponse:
         """See the proto."""
+        # What is asked for: an entry of a refused act has to say what was tried, too.
+        if request.HasField("plan"):
+            audit.about(plan=identity_pb2.Plan.Name(request.plan))
+        if request.HasField("roles"):
+            audit.about(roles=",".join(sorted(request.roles.roles)))
+        if request.HasField("disabled"):
+            audit.about(disabled=str(request.disabled).lower())
         account = await self._administration.update(
             uuid.UUID(request.user_id),
             actor_id=current_user_id(),
@@ -75,6 +83,12 @@ class IdentityAdminServicer(identity_pb2_grpc.IdentityAdminServiceServicer):
             start_time=moment(request.start_time, "start_time") if request.HasField("start_time") else None,
             end_time=moment(request.end_time, "end_time") if request.HasField("end_time") else None,
         )
-        audit.about(**{f"filter_{name}": str(value) for name, value in asdict(selection).items() if value})
+        audit.about(
+            **{
+                f"filter_{name}": value.isoformat() if isinstance(value, datetime) else str(value)
+                for name, value in asdict(selection).items()
+                if value
+            }
+        )
         rows, next_page_token = await self._audit_log.list_page(selection, page_size=request.page_size, page_token=request.page_token)
         return identity_pb2.ListAuditEntriesResponse(audit_entries=map(audit_entry_message, rows), next_page_token=next_page_token)

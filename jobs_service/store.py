@@ -287,7 +287,7 @@ def _places(turn_max: int, *levels: sa.ColumnElement[bool]) -> sa.Subquery:
 
 
 async def queue_positions(connection: AsyncConnection, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, int]:
-    """Places of pending jobs in their levels, 1 is next; `POSITION_MAX` for those too far back to count."""
+    """Places of pending jobs in their levels, 1 is next; `POSITION_MAX` for those too far back to count, none for jobs that do not wait."""
     mine, own = jobs.alias("mine"), jobs.alias("own")
     same = (own.c.pool == mine.c.pool) & (own.c.priority == mine.c.priority) & (own.c.owner_id == mine.c.owner_id)
     turn = sa.select(sa.func.count()).where(own.c.state == State.PENDING, same, own.c.job_id <= mine.c.job_id).scalar_subquery()
@@ -303,8 +303,9 @@ async def queue_positions(connection: AsyncConnection, job_ids: Sequence[uuid.UU
     levels = sa.tuple_(jobs.c.pool, jobs.c.priority).in_({(row.pool, row.priority) for row in asked})
     places = _places(min(POSITION_MAX, max(row.turn for row in asked)), levels)
     result = await connection.execute(sa.select(places.c.job_id, places.c.place).where(places.c.job_id.in_([row.job_id for row in asked])))
-    found = {row.job_id: row.place for row in result}
-    return {row.job_id: min(POSITION_MAX, found.get(row.job_id, POSITION_MAX)) for row in asked}
+    # A job may have been claimed between the two statements.
+    too_far = {row.job_id: POSITION_MAX for row in asked if row.turn > POSITION_MAX}
+    return too_far | {row.job_id: min(POSITION_MAX, row.place) for row in result}
 
 
 async def front_of_queue(connection: AsyncConnection, limit: int) -> list[tuple[Job, int]]:

@@ -16,7 +16,7 @@ import structlog
 
 from genmesh.identity.v1 import identity_pb2, identity_pb2_grpc
 from servicekit.client import call_metadata
-from servicekit.errors import Reason, unauthenticated, unavailable
+from servicekit.errors import MeshError, Reason, unauthenticated, unavailable
 
 POLL_INTERVAL_S = 5.0
 RETRY_INTERVAL_S = 0.5
@@ -49,6 +49,13 @@ Fetch = Callable[[str], Awaitable[tuple[Iterable[Revoked], str, bool]]]
 """From a cursor (empty: from the beginning) to what was revoked since, the next cursor, and whether there is more already."""
 
 
+def _refusal(kind: Kind, *, by_key: bool) -> MeshError:
+    if kind == "api_key":
+        return unauthenticated(Reason.ERROR_REASON_API_KEY_INVALID, "the API key is not valid any more")
+    what = "call again with the API key, whose owner was changed" if by_key else "refresh the session or sign in again"
+    return unauthenticated(Reason.ERROR_REASON_TOKEN_REVOKED, f"the access token was revoked: {what}")
+
+
 class Revocations:
     """What has been revoked, as far as this process knows. Without a fetch it knows only what `add` tells it."""
 
@@ -64,7 +71,7 @@ class Revocations:
         self._times[key] = max(revoked.revoke_time, self._times.get(key, 0.0))
 
     def check(self, *, issue_time: float, session_id: str | None, api_key_id: str | None, user_id: str | None) -> None:
-        """Raise UNAUTHENTICATED (TOKEN_REVOKED) for a revoked token, UNAVAILABLE if that cannot be known right now."""
+        """Raise UNAUTHENTICATED (TOKEN_REVOKED, API_KEY_INVALID) for a revoked token, UNAVAILABLE if that cannot be known right now."""
         if time.monotonic() > self._current_until:
             raise unavailable("whether the access token still holds cannot be checked right now")
         if not self._times:
@@ -72,9 +79,7 @@ class Revocations:
         subjects: tuple[tuple[Kind, str | None], ...] = (("session", session_id), ("api_key", api_key_id), ("user", user_id))
         for kind, subject_id in subjects:
             if subject_id is not None and issue_time <= self._times.get((kind, subject_id), -1.0):
-                raise unauthenticated(
-                    Reason.ERROR_REASON_TOKEN_REVOKED, "the access token was revoked: refresh the session or sign in again"
-                )
+                raise _refusal(kind, by_key=api_key_id is not None)
 
     async def ready(self) -> None:
         """Raise until the list has been read for the first time; for health."""

@@ -862,6 +862,15 @@ async def test_a_wrong_key(edge: Edge, key: str) -> None:
 async def test_two_keys_are_none(edge: Edge) -> None:
     reply = await edge.http.get(f"/v1/jobs/{JOB_ID}", headers=[("x-api-key", API_KEY), ("x-api-key", API_KEY)])
     assert refusal_of_rest(reply).reason == "ERROR_REASON_API_KEY_INVALID"
+    assert reply.headers["www-authenticate"] == 'Bearer realm="genmesh"'
+
+
+async def test_no_challenge_repeats_the_address(edge: Edge) -> None:
+    headers = {"content-type": "application/grpc", "te": "trailers"}
+    for extra in ({}, {"authorization": "Bearer x.y.z"}):
+        reply = await edge.http.post("/genmesh.jobs.v1.JobsService/ListJobs?secret=1", headers=headers | extra)
+        assert reply.headers["grpc-status"] == "16"
+        assert reply.headers["www-authenticate"] == 'Bearer realm="genmesh"'
 
 
 async def test_a_key_beside_a_token_is_refused(edge: Edge) -> None:

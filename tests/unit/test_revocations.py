@@ -113,6 +113,20 @@ async def test_what_can_stop_nothing_any_more_is_forgotten(monkeypatch: pytest.M
     check(known)
 
 
+def test_a_program_is_told_whether_its_key_or_its_owner_changed() -> None:
+    known = Revocations()
+    caller = Principal(user_id=USER_ID, api_key_id="key", issue_time=10.0, expire_time=time.time() + 100, revocations=known)
+    known.add(Revoked("user", USER_ID, 10.0))
+    with pytest.raises(MeshError) as caught:
+        caller.check_alive()
+    assert reason(caught) == Reason.ERROR_REASON_TOKEN_REVOKED
+    assert "call again" in caught.value.message
+    known.add(Revoked("api_key", "key", 10.0))
+    with pytest.raises(MeshError) as caught:
+        caller.check_alive()
+    assert reason(caught) == Reason.ERROR_REASON_API_KEY_INVALID
+
+
 def test_a_stream_asks_for_its_caller() -> None:
     known = Revocations()
     caller = Principal(user_id=USER_ID, issue_time=10.0, expire_time=time.time() + 100, revocations=known)

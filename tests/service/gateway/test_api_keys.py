@@ -202,7 +202,7 @@ async def test_revoking_ends_a_key_for_good(gateway: Any, refused: Any) -> None:
     assert error.reason == Reason.ERROR_REASON_API_KEY_INVALID
     await gateway.deps.revocations.poll()
     error = await refused(get_me(gateway, token))
-    assert (error.code, error.reason) == (grpc.StatusCode.UNAUTHENTICATED, Reason.ERROR_REASON_TOKEN_REVOKED)
+    assert (error.code, error.reason) == (grpc.StatusCode.UNAUTHENTICATED, Reason.ERROR_REASON_API_KEY_INVALID)
     # Again: no error, nothing new.
     assert await revoke_key(gateway, owner, made.api_key.api_key_id) == revoked
     async with transaction(gateway.engine) as connection:

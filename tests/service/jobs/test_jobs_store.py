@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
@@ -388,6 +388,22 @@ async def test_every_pending_job_is_listed_batch_by_batch_and_no_other(engine: A
 async def line_of(connection: AsyncConnection, everybody: Sequence[Job]) -> list[int | None]:
     places = await store.queue_positions(connection, [job.job_id for job in everybody])
     return [places.get(job.job_id) for job in everybody]
+
+
+async def test_a_job_that_is_claimed_meanwhile_has_no_place(engine: AsyncEngine):
+    async with transaction(engine) as connection:
+        claimed, waiting = [await pending(connection) for _ in range(2)]
+
+        class Interrupted:
+            """Claims the job after the first statement; after the second one it is claimed already."""
+
+            async def execute(self, statement: Any) -> Any:
+                result = await connection.execute(statement)
+                await started(connection, claimed)
+                return result
+
+        places = await store.queue_positions(cast("AsyncConnection", Interrupted()), [claimed.job_id, waiting.job_id])
+        assert places == {waiting.job_id: 1}
 
 
 async def test_places_follow_age_within_a_level_of_a_pool(engine: AsyncEngine):

@@ -43,7 +43,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_PERMISSION_DENIED: _ErrorReason.ValueType  # 8
     """PERMISSION_DENIED: the caller is known but may not do this."""
     ERROR_REASON_NOT_FOUND: _ErrorReason.ValueType  # 9
-    """NOT_FOUND: no such resource, or it is somebody else's."""
+    """NOT_FOUND: no such resource, or it is somebody else's. UNIMPLEMENTED by gRPC: no such method."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 10
     """ALREADY_EXISTS: the same request id (or reservation id) was used before with other content."""
     ERROR_REASON_EMAIL_TAKEN: _ErrorReason.ValueType  # 11
@@ -100,11 +100,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_SIGNATURE_INVALID: _ErrorReason.ValueType  # 34
     """UNAUTHENTICATED: the signature of a payment provider's notice does not verify, or is too old."""
     ERROR_REASON_TOKEN_REVOKED: _ErrorReason.ValueType  # 35
-    """UNAUTHENTICATED: the session, API key or account behind the access token was signed out, revoked, disabled or
-    changed since; refresh the session or sign in again.
+    """UNAUTHENTICATED: the session or account behind the access token was signed out, disabled or changed since; refresh
+    the session, sign in again, or call again with the API key.
     """
     ERROR_REASON_API_KEY_INVALID: _ErrorReason.ValueType  # 36
-    """UNAUTHENTICATED: the API key is unknown, expired or revoked; which of them is not told."""
+    """UNAUTHENTICATED: the API key, or the one behind the access token, is unknown, expired or revoked; which of them is
+    not told.
+    """
     ERROR_REASON_SCOPE_MISSING: _ErrorReason.ValueType  # 37
     """PERMISSION_DENIED: the API key lacks the scope that this call needs. Metadata: `scope` (`read`, `submit`, `admin`;
     empty: no key may do this).
@@ -146,7 +148,7 @@ ERROR_REASON_TOKEN_EXPIRED: ErrorReason.ValueType  # 7
 ERROR_REASON_PERMISSION_DENIED: ErrorReason.ValueType  # 8
 """PERMISSION_DENIED: the caller is known but may not do this."""
 ERROR_REASON_NOT_FOUND: ErrorReason.ValueType  # 9
-"""NOT_FOUND: no such resource, or it is somebody else's."""
+"""NOT_FOUND: no such resource, or it is somebody else's. UNIMPLEMENTED by gRPC: no such method."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 10
 """ALREADY_EXISTS: the same request id (or reservation id) was used before with other content."""
 ERROR_REASON_EMAIL_TAKEN: ErrorReason.ValueType  # 11
@@ -203,11 +205,13 @@ QuotaFailure says which; RetryInfo says when it starts anew. Metadata: `period` 
 ERROR_REASON_SIGNATURE_INVALID: ErrorReason.ValueType  # 34
 """UNAUTHENTICATED: the signature of a payment provider's notice does not verify, or is too old."""
 ERROR_REASON_TOKEN_REVOKED: ErrorReason.ValueType  # 35
-"""UNAUTHENTICATED: the session, API key or account behind the access token was signed out, revoked, disabled or
-changed since; refresh the session or sign in again.
+"""UNAUTHENTICATED: the session or account behind the access token was signed out, disabled or changed since; refresh
+the session, sign in again, or call again with the API key.
 """
 ERROR_REASON_API_KEY_INVALID: ErrorReason.ValueType  # 36
-"""UNAUTHENTICATED: the API key is unknown, expired or revoked; which of them is not told."""
+"""UNAUTHENTICATED: the API key, or the one behind the access token, is unknown, expired or revoked; which of them is
+not told.
+"""
 ERROR_REASON_SCOPE_MISSING: ErrorReason.ValueType  # 37
 """PERMISSION_DENIED: the API key lacks the scope that this call needs. Metadata: `scope` (`read`, `submit`, `admin`;
 empty: no key may do this).

@@ -176,8 +176,8 @@ class JobsServiceServicer:
         token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
         the last of them has ended; without, it stays open.
         Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
-        watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
-        new one).
+        watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED, API_KEY_INVALID) when the access token ends during the watch
+        (resume with a new one).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -74,8 +74,8 @@ class JobsServiceStub:
     token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
     the last of them has ended; without, it stays open.
     Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
-    watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
-    new one).
+    watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED, API_KEY_INVALID) when the access token ends during the watch
+    (resume with a new one).
     """
     CreateUpload: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateUploadRequest, _jobs_pb2.CreateUploadResponse]
     """CreateUpload announces a file and answers with a presigned URL to PUT it to, good for that type and size only. The
@@ -136,8 +136,8 @@ class JobsServiceAsyncStub(JobsServiceStub):
     token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
     the last of them has ended; without, it stays open.
     Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
-    watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
-    new one).
+    watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED, API_KEY_INVALID) when the access token ends during the watch
+    (resume with a new one).
     """
     CreateUpload: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateUploadRequest, _jobs_pb2.CreateUploadResponse]  # type: ignore[assignment]
     """CreateUpload announces a file and answers with a presigned URL to PUT it to, good for that type and size only. The
@@ -249,8 +249,8 @@ class JobsServiceServicer(metaclass=_abc_1.ABCMeta):
         token older than the retention of events: snapshots again. When `job_ids` are given the stream ends with OK after
         the last of them has ended; without, it stays open.
         Errors: NOT_FOUND (a job of `job_ids`), INVALID_ARGUMENT (resume token), RESOURCE_EXHAUSTED (LIMIT_REACHED: open
-        watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED) when the access token ends during the watch (resume with a
-        new one).
+        watches), UNAUTHENTICATED (TOKEN_EXPIRED, TOKEN_REVOKED, API_KEY_INVALID) when the access token ends during the watch
+        (resume with a new one).
         """
 
     @_abc_1.abstractmethod
