@@ -160,12 +160,16 @@ class Jobs:
             known = await store.find_requests(connection, owner_id, ids)
         noted: dict[int, Noted] = {}
         fresh: dict[int, Job] = {}
+        # The same id twice in a batch (a UUID can be written in several ways) is the same job twice.
+        first: dict[uuid.UUID, int] = {}
         for index, request in enumerate(requests):
             with within(index):
                 if ids[index] in known:
                     noted[index] = await self._known(owner_id, ids[index], known[ids[index]], digests[index])
-                else:
+                elif first.setdefault(ids[index], index) == index:
                     fresh[index] = self._intend(owner_id, plan, request, api_key_id)
+                elif digests[first[ids[index]]] != digests[index]:
+                    raise _reused()
         if fresh:
             await self._limits.count_submits(owner_id, plan, len(fresh))
             notes = [
@@ -187,7 +191,7 @@ class Jobs:
             except MeshError:
                 await self._undo([one for index, one in noted.items() if ids[index] in noting.noted])
                 raise
-        return [noted[index] for index in range(len(requests))]
+        return [noted[index] if index in noted else noted[first[ids[index]]] for index in range(len(requests))]
 
     async def _noted_elsewhere(self, owner_id: uuid.UUID, request_id: uuid.UUID, digest: bytes) -> Noted:
         """The request that another call noted in this moment."""
@@ -199,11 +203,7 @@ class Jobs:
 
     async def _known(self, owner_id: uuid.UUID, request_id: uuid.UUID, known: store.Request, digest: bytes) -> Noted:
         if known.digest != digest:
-            raise MeshError(
-                grpc.StatusCode.ALREADY_EXISTS,
-                Reason.ERROR_REASON_REQUEST_ID_REUSED,
-                "this request_id was used before with other content: a new job needs a new request_id",
-            )
+            raise _reused()
         if known.intent is not None:
             return Noted(request_id, _decode_intent(known.intent, known.job_id, owner_id), committed=False)
         async with reading(self._engine) as connection:
@@ -411,6 +411,14 @@ def _within(path: str) -> Generator[None]:
     except MeshError as refusal:
         refusal.violations = tuple((f"{path}.{field}", description) for field, description in refusal.violations)
         raise
+
+
+def _reused() -> MeshError:
+    return MeshError(
+        grpc.StatusCode.ALREADY_EXISTS,
+        Reason.ERROR_REASON_REQUEST_ID_REUSED,
+        "this request_id was used before with other content: a new job needs a new request_id",
+    )
 
 
 def _without_id(request: jobs_pb2.CreateJobRequest) -> jobs_pb2.CreateJobRequest:

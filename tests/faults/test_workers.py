@@ -95,13 +95,19 @@ async def test_all_workers_are_killed_at_once(mesh: Mesh, alice: User, witness: 
 @pytest.mark.parametrize("victim", ["dispatcher", "replica"])
 async def test_a_poison_job_ends_as_a_dead_letter(mesh: Mesh, alice: User, witness: NewWitness, victim: str) -> None:
     before = await alice.balance()
-    poison = await mesh.submit(alice, slow("poison in a bottle"))
+    processes, point = (WORKERS, "event") if victim == "dispatcher" else (REPLICAS, "generation")
+
+    def arm(*match: str) -> None:
+        for process in processes:
+            mesh.controls.arm(process, point, match=match, always=True)
+
     if victim == "dispatcher":
-        processes, point, match = WORKERS, "event", (poison.job_id, "progress {")
+        poison = await mesh.submit(alice, slow("poison in a bottle"))
+        arm(poison.job_id, "progress {")
     else:
-        processes, point, match = REPLICAS, "generation", ("poison in a bottle",)
-    for process in processes:
-        mesh.controls.arm(process, point, match=match, always=True)
+        # First: it may be generated, and past the point, before the call has returned.
+        arm("poison in a bottle")
+        poison = await mesh.submit(alice, slow("poison in a bottle"))
     watching = await witness(alice, poison.job_id)
     neighbours = [await mesh.submit(alice, quick()) for _ in range(3)]
     row = await mesh.until_row(poison.job_id, lambda row: row["state"] >= jobs_pb2.STATE_COMPLETED)

@@ -262,6 +262,19 @@ async def test_a_batch_that_shares_a_request_with_another_at_the_same_time(offer
     assert await offered.count(jobs_table) == len(set(holds)) == 4
 
 
+async def test_a_batch_with_one_request_twice_makes_one_job_of_it(offered: World, holds: list[uuid.UUID]):
+    jobs = offered.jobs(limits=offered.limits(open_jobs=2))
+    twice, once = request(request_id="0198C3A4-7f0e-7d0a-9d55-1e6b4c1f0001"), request()
+    answers = await jobs.create_batch(offered.owner, FREE, [twice, once, shared_in_other_case(twice)])
+    assert answers[0].job_id == answers[2].job_id != answers[1].job_id
+    assert await offered.count(jobs_table) == len(set(holds)) == 2
+    other = request(request_id="0198c3a4-7f0e-7d0a-9d55-1e6b4c1f0002")
+    contradicted = request(request_id=other.request_id.upper(), spec=jobs_pb2.JobSpec(image=jobs_pb2.ImageSpec(prompt="something else")))
+    refusal = await refused(jobs.create_batch(uuid.uuid4(), FREE, [other, contradicted]))
+    assert refusal.reason == Reason.ERROR_REASON_REQUEST_ID_REUSED
+    assert await offered.count(jobs_table) == 2
+
+
 def shared_in_other_case(body: jobs_pb2.CreateJobRequest) -> jobs_pb2.CreateJobRequest:
     """The same id, written differently: no two strings alike, so that a batch may have both."""
     return request(request_id=body.request_id.upper())
