@@ -10,9 +10,7 @@ from cli.commands import account, admin, api_key_file, credits, demo, generate, 
 from cli.failures import EXIT_CODES
 from cli.root import Root
 
-app = typer.Typer(
-    name="genmesh", cls=Root, epilog=EXIT_CODES, no_args_is_help=True, pretty_exceptions_enable=False,
-)  # fmt: skip
+app = typer.Typer(name="genmesh", cls=Root, epilog=EXIT_CODES, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _use_key_file(context: typer.Context, file: Path | None) -> None:

@@ -55,7 +55,7 @@ PAGE_TYPES = {
 }
 PAGE_BYTES_MAX = 8 * 1024 * 1024
 REQUEST_BYTES_MAX = 2 * 1024 * 1024
-"""Of a body, in whatever form; `envoy.yaml` has the same for REST."""
+"""Of a body, in whatever form."""
 
 Json = dict[str, Any]
 
@@ -122,6 +122,7 @@ def _values(settings: EnvoySettings, methods: Sequence[PublicMethod]) -> dict[st
         "wrong_method_routes": list(_wrong_method_routes(methods)),
         "page_routes": list(_page_routes(settings)),
         "direct_response_bytes_max": PAGE_BYTES_MAX,
+        "request_bytes_max": REQUEST_BYTES_MAX,
         **{f"{name}_secret": str(sds_dir / f"{name}.sds.json") for name in _secrets(settings)},
         **_cluster("gateway", settings.gateway_addresses),
         **_cluster("jobs", settings.jobs_addresses),

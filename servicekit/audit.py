@@ -159,28 +159,26 @@ async def _recorded(trail: AuditTrail, method: str, request: Message, principal:
     if first:
         await _begin(trail, entry)
     token = _entry.set(entry)
+    tell = True
     try:
         yield
+        _end(entry, grpc.StatusCode.OK, "")
     except MeshError as refusal:
         _end(entry, refusal.code, Reason.Name(refusal.reason))
-        if first or refusal.reason in RECORDED_OF_STRANGERS:
-            await _finish_anyway(trail, entry, first=first)
+        tell = first or refusal.reason in RECORDED_OF_STRANGERS
         raise
     except asyncio.CancelledError:
         # The caller is gone, and may have what it came for. A stranger who got nothing is not counted by throttling, either.
         _end(entry, grpc.StatusCode.CANCELLED, "")
-        if first or entry.lasting:
-            await _finish_anyway(trail, entry, first=first)
+        tell = first or entry.lasting
         raise
     except BaseException:
         _end(entry, grpc.StatusCode.INTERNAL, "")
-        await _finish_anyway(trail, entry, first=first)
         raise
-    else:
-        _end(entry, grpc.StatusCode.OK, "")
-        await _finish_anyway(trail, entry, first=first)
     finally:
         _entry.reset(token)
+        if tell:
+            await _finish(trail, entry, first=first)
 
 
 def _begun(method: str, request: Message, principal: Principal) -> AuditEntry:
@@ -214,16 +212,16 @@ async def _begin(trail: AuditTrail, entry: AuditEntry) -> None:
         raise unavailable("this act has to be written down first, and that is impossible right now") from error
 
 
-async def _finish_anyway(trail: AuditTrail, entry: AuditEntry, *, first: bool) -> None:
-    """As `_finish`, to its end: hanging up is no way around the trail."""
-    finishing = asyncio.ensure_future(_finish(trail, entry, first=first))
+async def _finish(trail: AuditTrail, entry: AuditEntry, *, first: bool) -> None:
+    """Write the outcome (with `first`, of an entry that was begun), to the end: hanging up is no way around the trail."""
+    finishing = asyncio.ensure_future(_write_outcome(trail, entry, first=first))
     _finishing.add(finishing)
     finishing.add_done_callback(_finishing.discard)
     await asyncio.shield(finishing)
 
 
-async def _finish(trail: AuditTrail, entry: AuditEntry, *, first: bool) -> None:
-    """Write the outcome (with `first`, of an entry that was begun); what was done stays done, so a trail that is away only costs this."""
+async def _write_outcome(trail: AuditTrail, entry: AuditEntry, *, first: bool) -> None:
+    """What was done stays done, so a trail that is away only costs the outcome."""
     for attempt in range(1, FINISH_ATTEMPTS + 1):
         if attempt > 1:
             await asyncio.sleep(FINISH_PAUSE_S)

@@ -136,11 +136,12 @@ def duration_in_words(seconds: float) -> str:
 
 
 def limit_reached(name: str, description: str, *, retry_after_s: float) -> MeshError:
-    """RESOURCE_EXHAUSTED (LIMIT_REACHED) with RetryInfo and a QuotaFailure whose subject is the limit's name.
+    """RESOURCE_EXHAUSTED (LIMIT_REACHED) with RetryInfo, of a second at least, and a QuotaFailure whose subject is the limit's name.
 
     `description` is a sentence for the user, without its end: `too many watches: at most 50 may be open at once`.
     """
     LIMITED.labels(name).inc()
+    retry_after_s = max(1.0, retry_after_s)
     return MeshError(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         Reason.ERROR_REASON_LIMIT_REACHED,

@@ -65,7 +65,7 @@ class RateLimiter:
 
     async def _refuse(self, item: RateLimitItem, name: str, *who: str, what: str) -> None:
         window = await self._ask(lambda strategy: strategy.get_window_stats(item, name, *who))
-        retry_after_s = min(max(1.0, window.reset_time - time.time()), float(item.get_expiry()))
+        retry_after_s = min(window.reset_time - time.time(), float(item.get_expiry()))
         bound = f"too many {what}: at most {item.amount} in {duration_in_words(item.get_expiry())}"
         raise limit_reached(name, bound, retry_after_s=retry_after_s)
 

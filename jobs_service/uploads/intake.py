@@ -26,9 +26,9 @@ from jobs_service.uploads.checker import Checker, Verdict
 from jobs_service.uploads.keys import ARRIVALS, CHECKED, new_key
 from jobs_service.uploads.media import Refusal, UploadLimits, message
 from jobs_service.uploads.store import Upload, UploadState
-from jobs_service.uploads.turns import COSTLY_CHECKS_MAX, CostlyChecks, Turns, too_many_checks, too_much
+from jobs_service.uploads.turns import COSTLY_CHECKS_MAX, CostlyChecks, Turns, too_many_checks
 from servicekit.database import reading, transaction
-from servicekit.errors import MeshError, Reason, duration_in_words, invalid, not_found, precondition, unavailable
+from servicekit.errors import MeshError, Reason, duration_in_words, invalid, limit_reached, not_found, precondition, unavailable
 from servicekit.objects import ObjectStore, PresignedPut
 
 INCOMPLETE_TTL_S = 3600.0
@@ -105,16 +105,20 @@ class Uploads:
         limits = self._limits
         urls_max = limits.incomplete_max * URLS_PER_INCOMPLETE
         if usage.incomplete >= limits.incomplete_max:
-            raise too_much(
-                "uploads.incomplete", f"too many incomplete uploads: at most {limits.incomplete_max} at once", usage.incomplete_less_s
+            raise limit_reached(
+                "uploads.incomplete",
+                f"too many incomplete uploads: at most {limits.incomplete_max} at once",
+                retry_after_s=usage.incomplete_less_s,
             )
         if usage.urls >= urls_max:
-            raise too_much(
-                "uploads.urls", f"too many uploads: at most {urls_max} in {duration_in_words(limits.url_ttl_s)}", usage.urls_less_s
+            raise limit_reached(
+                "uploads.urls",
+                f"too many uploads: at most {urls_max} in {duration_in_words(limits.url_ttl_s)}",
+                retry_after_s=usage.urls_less_s,
             )
         if usage.stored_bytes + size_bytes > limits.stored_max_bytes:
             description = f"too much uploaded: at most {limits.stored_max_bytes:,} bytes are kept for a user"
-            raise too_much("uploads.stored_bytes", description, usage.stored_less_s)
+            raise limit_reached("uploads.stored_bytes", description, retry_after_s=usage.stored_less_s)
 
     async def get(self, owner_id: uuid.UUID, upload_id: uuid.UUID) -> Upload:
         """One upload of the owner, or NOT_FOUND."""
@@ -140,7 +144,7 @@ class Uploads:
             description = (
                 f"too many costly checks: at most {COSTLY_CHECKS_MAX} in 1 hour may end in refusal or take over {HEAVY_CHECK_S:.0f} s"
             )
-            raise too_much("uploads.costly_checks", description, less_s)
+            raise limit_reached("uploads.costly_checks", description, retry_after_s=less_s)
         shared_out = self._of_owner[upload.owner_id] >= max(1, self._places // OWNER_SHARE)
         if shared_out or (len(self._checks) >= self._places and not self._turns.displace_for(upload.owner_id)):
             raise too_many_checks()

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from servicekit.errors import MeshError, limit_reached
 
 HOUR_S = 3600.0
+BUSY_RETRY_AFTER_S = 2.0
 COSTLY_CHECKS_MAX = 30
 """Checks of an owner in an hour that refuse the file or are heavy, on one server: nobody else's files wait for more of them."""
 
@@ -110,9 +111,4 @@ class CostlyChecks:
 
 def too_many_checks() -> MeshError:
     """RESOURCE_EXHAUSTED (LIMIT_REACHED): no place to wait is left."""
-    return too_much("uploads.checks", "too many uploads are being checked", 2.0)
-
-
-def too_much(name: str, description: str, retry_after_s: float) -> MeshError:
-    """RESOURCE_EXHAUSTED (LIMIT_REACHED)."""
-    return limit_reached(name, description, retry_after_s=max(1.0, retry_after_s))
+    return limit_reached("uploads.checks", "too many uploads are being checked", retry_after_s=BUSY_RETRY_AFTER_S)

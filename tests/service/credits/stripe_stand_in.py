@@ -53,6 +53,8 @@ class StandIn:
     script: deque[int | str] = field(default_factory=deque[int | str])
     requests: list[Sent] = field(default_factory=list[Sent])
     released: threading.Event = field(default_factory=threading.Event)
+    hung: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    """One for each request that has begun to hang."""
     _answers: dict[str, tuple[dict[str, str], bytes]] = field(default_factory=dict[str, tuple[dict[str, str], bytes]])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -66,6 +68,7 @@ class StandIn:
             self.requests.append(sent)
             scripted = self.script.popleft() if self.script else None
         if scripted == HANG:
+            self.hung.release()
             self.released.wait()
             return None
         if scripted == DROP:

@@ -292,9 +292,7 @@ async def test_what_the_provider_refuses_for_good_is_a_fault_of_ours(
 async def test_a_provider_that_hangs_holds_nobody_else_up(shop: Shop, user_id: uuid.UUID):
     shop.stripe.script.append(HANG)
     buying = asyncio.create_task(shop.buy(user_id))
-    async with asyncio.timeout(DEADLINE_S):
-        while shop.stripe.script:  # noqa: ASYNC110  # the request arrives in a thread of the stand-in
-            await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(shop.stripe.hung.acquire, timeout=DEADLINE_S)
     assert (await shop.stub.ListPrices(pb.ListPricesRequest())).can_buy
     assert not buying.done()
     shop.stripe.released.set()
@@ -317,9 +315,8 @@ async def test_no_more_checkouts_are_opened_at_once_than_there_are_threads(shop:
     with stand_in() as stripe, stripe_at(stripe) as provider:
         stripe.script.extend([HANG] * CHECKOUTS_MAX)
         opening = [asyncio.create_task(provider.create_checkout(top_up)) for _ in range(CHECKOUTS_MAX)]
-        async with asyncio.timeout(DEADLINE_S):
-            while stripe.script:  # noqa: ASYNC110  # the requests arrive in threads of the stand-in
-                await asyncio.sleep(0.01)
+        for _ in opening:
+            assert await asyncio.to_thread(stripe.hung.acquire, timeout=DEADLINE_S)
         with pytest.raises(MeshError) as raised:
             await provider.create_checkout(top_up)
         assert raised.value.code is Code.UNAVAILABLE

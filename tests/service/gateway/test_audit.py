@@ -463,11 +463,16 @@ async def test_nothing_is_changed_or_removed_even_by_the_owner(gateway: Any, bos
     assert rest == before
 
 
-async def test_pages_of_a_subject_part_entries_of_one_moment(start_gateway: Any, postgres: Any) -> None:
-    """Whether the entry or its outcome names the subject."""
+@pytest_asyncio.fixture
+async def empty_gateway(postgres: Any, start_gateway: Any) -> Any:
+    """A gateway whose trail has nothing but what the test writes."""
     url = postgres.create_database()
     await asyncio.to_thread(migrate, DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)
-    gateway = await start_gateway(database_url=url)
+    return await start_gateway(database_url=url)
+
+
+async def test_pages_of_a_subject_part_entries_of_one_moment(empty_gateway: Any) -> None:
+    """Whether the entry or its outcome names the subject."""
     subject, count = fresh_id(), 40
     entries_of = (
         "INSERT INTO audit_entries (audit_entry_id, act_time, actor_service, method, subject, client_address, request_id, details)"
@@ -478,12 +483,12 @@ async def test_pages_of_a_subject_part_entries_of_one_moment(start_gateway: Any,
         "INSERT INTO audit_outcomes (audit_entry_id, act_time, code, reason, subject, details) SELECT audit_entry_id, act_time, 0, '',"
         " :subject, '{}' FROM audit_entries WHERE subject = ''"
     )
-    async with gateway.engine.begin() as connection:
+    async with empty_gateway.engine.begin() as connection:
         await connection.execute(sa.text(entries_of).bindparams(subject=subject))
         await connection.execute(sa.text(outcomes_of).bindparams(subject=subject))
     found: list[uuid.UUID] = []
     before: tuple[datetime, uuid.UUID] | None = None
-    async with gateway.engine.connect() as connection:
+    async with empty_gateway.engine.connect() as connection:
         while page := await store.list_audit_entries(connection, audit.AuditFilter(subject=subject), before=before, limit=7):
             found += [row.audit_entry_id for row in page]
             before = page[-1].act_time, page[-1].audit_entry_id
@@ -491,10 +496,7 @@ async def test_pages_of_a_subject_part_entries_of_one_moment(start_gateway: Any,
     assert found == sorted(set(found), reverse=True)
 
 
-async def test_no_list_reads_the_whole_trail(postgres: Any, start_gateway: Any) -> None:
-    url = postgres.create_database()
-    await asyncio.to_thread(migrate, DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)
-    gateway = await start_gateway(database_url=url)
+async def test_no_list_reads_the_whole_trail(empty_gateway: Any) -> None:
     subject, limit = fresh_id(), 51
     # One of ten entries has the subject, and one of ten gets it afterwards.
     entries_of = (
@@ -509,7 +511,7 @@ async def test_no_list_reads_the_whole_trail(postgres: Any, start_gateway: Any) 
     )
     plans: list[dict[str, Any]] = []
 
-    async with gateway.engine.connect() as connection:
+    async with empty_gateway.engine.connect() as connection:
         await connection.execute(sa.text(entries_of).bindparams(subject=subject))
         await connection.execute(sa.text(outcomes_of).bindparams(subject=subject))
         await connection.commit()
@@ -520,7 +522,7 @@ async def test_no_list_reads_the_whole_trail(postgres: Any, start_gateway: Any) 
         def note(*call: Any) -> None:
             asked.append((call[2], call[3]))
 
-        event.listen(gateway.engine.sync_engine, "before_cursor_execute", note)
+        event.listen(empty_gateway.engine.sync_engine, "before_cursor_execute", note)
         try:
             selection = audit.AuditFilter(subject=subject)
             first = await store.list_audit_entries(connection, selection, before=None, limit=limit)
@@ -528,7 +530,7 @@ async def test_no_list_reads_the_whole_trail(postgres: Any, start_gateway: Any) 
             second = await store.list_audit_entries(connection, selection, before=before, limit=limit)
             assert (len(first), len(second), len({row.audit_entry_id for row in (*first, *second)})) == (limit, limit, 2 * limit)
         finally:
-            event.remove(gateway.engine.sync_engine, "before_cursor_execute", note)
+            event.remove(empty_gateway.engine.sync_engine, "before_cursor_execute", note)
         for statement, parameters in asked:
             explained = await connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
             plans.append(explained.scalar_one()[0]["Plan"])
@@ -545,10 +547,8 @@ async def test_no_list_reads_the_whole_trail(postgres: Any, start_gateway: Any) 
             assert (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] <= 2 * limit, node
 
 
-async def test_what_cannot_be_written_down_does_not_happen(postgres: Any, start_gateway: Any, refused: Any) -> None:
-    url = postgres.create_database()
-    await asyncio.to_thread(migrate, DatabaseSettings.model_validate({"database_url": url}), package="gateway", schema=app.SCHEMA)
-    gateway = await start_gateway(database_url=url)
+async def test_what_cannot_be_written_down_does_not_happen(empty_gateway: Any, refused: Any) -> None:
+    gateway = empty_gateway
     boss, who = await admin(gateway), await person(gateway)
 
     async def rights(statement: str) -> None:
